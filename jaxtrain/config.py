@@ -292,7 +292,7 @@ class RunConfig(Strict):
 
 
 class HeteroConfig(Strict):
-    """Replicas of unequal speed: each process trains by itself and does as many chunks of a batch as it is fast.
+    """Replicas of unequal speed: each process trains by itself, and its part of a batch is proportional to its speed.
 
     Example:
         >>> HeteroConfig(enabled=True, chunk=4).silence_s

@@ -19,7 +19,7 @@ class Strict(BaseModel):
 
 
 class SplitConfig(Strict):
-    """How the data are split into training, validation and test; a block belongs to one part on every date.
+    """The split of the data into training, validation and test; a block belongs to one part on every date.
 
     Example:
         >>> SplitConfig(block_m=5000, test=0.2).kind

@@ -80,7 +80,7 @@ def launch_at(
     on_line: OnLine,
     on_restart: Callable[[int, str], None] = lambda _number, _why: None,
 ) -> Outcome:
-    """Do the same as `launch` at any places, one process at each."""
+    """Run a command as `launch` does, at any places, with one process at each."""
     restarts = 0
     with asked_to_stop() as asked:
         while True:

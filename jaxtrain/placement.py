@@ -1,4 +1,4 @@
-"""`PlacementConfig` says where the parts of a network live; the sizes of the mesh follow from it.
+"""`PlacementConfig` assigns the parts of a network to devices; the sizes of the mesh follow from it.
 
 Everything else reads the mesh. A placement is a shorter way to say it, and the only way to name branches.
 """
@@ -17,7 +17,7 @@ _AXES = {"replicated": "data", "stages": "pipe", "filters": "model"}
 
 
 class PlacementConfig(BaseModel):
-    """Where the parts of a network live; the other axes of `[mesh]` say how large each group of devices is.
+    """The devices of each part of a network; the other axes of `[mesh]` give the size of each group of devices.
 
     Example:
         >>> PlacementConfig(kind="branches", groups=(("s2", "fusion"), ("s1",))).pipe

@@ -18,7 +18,7 @@ __all__ = ["main"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the script; returns the exit code."""
+    """Run the script, and return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m jaxtrain.train", description="Train on a cube, or continue.")
     parser.add_argument("config", type=Path, help="TOML file with the tables data, model, optim, mesh, run")
     parser.add_argument("--out", type=Path, required=True, help="run directory; continued if it holds this run")

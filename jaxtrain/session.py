@@ -1,4 +1,4 @@
-"""`TrainingSession` is one call of `train` while it steps: it settles the numbers of a step, validates, and saves.
+"""`TrainingSession` is one call of `train` during its steps: it settles the numbers of a step, validates, and saves.
 
 The loop itself is in `loop.py`. What changes from step to step is here: the state, the numbers of the last step, the
 last validation, and whether the run is to stop.
@@ -114,7 +114,7 @@ def newest_step(out: Path, tell: Teller) -> int | None:
 
 
 def check_monitor(config: TrainConfig, task: Task, windows: Mapping[str, int]) -> None:
-    """Refuse a `run.monitor` that no validation of this run can have, before the run begins.
+    """Refuse, before the run begins, a `run.monitor` that no validation of this run can have.
 
     Args:
         config: The run.
@@ -178,7 +178,7 @@ class Dispatched:
 
 @dataclass(kw_only=True)
 class TrainingSession:
-    """One call of `train` while it steps.
+    """One call of `train` during its steps.
 
     Attributes:
         config: The run.
@@ -290,7 +290,7 @@ class TrainingSession:
             raise
 
     def _save_what_is_left(self) -> None:
-        """Save the newest state; who has the lock of the run does it.
+        """Save the newest state, if this replica gets the lock of the run.
 
         Raises:
             Locked: Another replica does.
@@ -315,7 +315,7 @@ class TrainingSession:
         }  # fmt: skip
 
     def _see(self, step: int, work: Work, seconds: float | None) -> dict[str, Any]:
-        """Take in who did what in a step; return it for the history."""
+        """Record the work of all replicas in a step; return it for the history."""
         self.work = work
         self.writer.record(step, work)
         rates = sum(work.rates.values())

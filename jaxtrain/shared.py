@@ -1,4 +1,4 @@
-"""`SharedParts` is what several runs in one process have in common: open data, and compiled steps.
+"""`SharedParts` holds what several runs in one process share: open data, and compiled steps.
 
 Runs whose configurations differ in numbers alone (`traced.NUMBERS`) use one compiled step, which gets the numbers as
 arguments. All others are compiled as ever, once for each shape.
@@ -70,7 +70,7 @@ class RunParts:
 
 
 class Sharing(Protocol):
-    """What `train` takes from other runs of its process."""
+    """The interface by which `train` shares data and steps with other runs of its process."""
 
     @property
     def stop(self) -> threading.Event:

@@ -33,7 +33,7 @@ _LOCK_S = 10.0
 
 @dataclass(kw_only=True)
 class RunWriter:
-    """What one process writes of a run: nothing, until it leads.
+    """Writer of the files of a run; a process writes nothing until it leads.
 
     Attributes:
         config: The run.

@@ -33,7 +33,7 @@ class Reader(Protocol):
 
     @property
     def shows(self) -> Literal["windows", "images"]:
-        """Whether a row is a window of some ground, or an image by itself."""
+        """Kind of a row: a window of the ground, or an image by itself."""
         ...
 
     def read(self, rows: Rows) -> HostBatch:

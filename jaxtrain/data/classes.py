@@ -139,7 +139,7 @@ class Classes:
 
     @classmethod
     def from_list(cls, data: Sequence[Mapping[str, Any]]) -> Self:
-        """Build classes from the result of `to_list`."""
+        """Make the classes from their JSON form, which `to_list` returns."""
         return cls(
             tuple(str(entry["name"]) for entry in data),
             tuple(tuple(int(v) for v in entry["values"]) for entry in data),
@@ -148,7 +148,7 @@ class Classes:
 
 
 def _pick_colours(names: Sequence[str], given: Mapping[str, str]) -> tuple[str, ...]:
-    """Choose a different colour for each class: the given one, else the usual one of its name, else a free one.
+    """Give each class its own colour: the given one, else the usual one of its name, else a free one.
 
     Several names may be known for one colour; the first of them in `names` gets it.
     """

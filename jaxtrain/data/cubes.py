@@ -52,7 +52,7 @@ class Splits:
 
 @dataclass(frozen=True)
 class CubesReader:
-    """Reads rows of several cubes, each by the reader of its cube."""
+    """Reader of rows of several cubes, each by the reader of its cube."""
 
     readers: tuple[Reader, ...]
 

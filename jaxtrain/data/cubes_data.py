@@ -147,7 +147,7 @@ def _count(parts: Sequence[PreparedCube], part: Part) -> npt.NDArray[np.int64]:
 
 
 def _check_pixels(first: Cube, other: Cube, collection: str) -> None:
-    """Refuse cubes whose pixels differ in size by more than a tenth; one network learns one size of things."""
+    """Refuse cubes whose pixels differ in size by more than a tenth: a network learns objects of one size."""
     grids = [cube.spec(collection).grid for cube in (first, other)]
     sizes = [[side / grid.units_per_metre for side in grid.resolution] for grid in grids]
     if any(abs(a - b) > 0.1 * min(a, b) for a, b in zip(*sizes, strict=True)):

@@ -29,7 +29,7 @@ _HOST_SHARE = 0.25
 
 @dataclass(frozen=True)
 class Keeping:
-    """Where rows are kept once they were read.
+    """The place where rows are kept after they were read, with its size and the reason.
 
     Attributes:
         place: `device`, `host` or `none`.
@@ -43,7 +43,7 @@ class Keeping:
 
     @property
     def told(self) -> str:
-        """The end of the line that describes a run; empty where nothing is kept."""
+        """End of the line that describes a run; empty where nothing is kept."""
         where = {"device": "on each device", "host": "in memory"}.get(self.place)
         megabytes = self.nbytes / 1e6
         size = f"{megabytes:,.0f}" if megabytes >= 10 else f"{megabytes:.1f}"

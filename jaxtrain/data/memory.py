@@ -1,4 +1,4 @@
-"""Host memory of batches is used again: fresh memory comes from the system page by page and cost 3 % of the time.
+"""Reuse host memory of batches: fresh memory comes from the system page by page, which cost 3 % of the time.
 
 On a processor JAX takes an aligned array over without a copy, so nobody but the array itself knows when its memory is
 free: when it and all views of it are gone.

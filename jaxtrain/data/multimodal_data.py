@@ -72,7 +72,7 @@ def prepare_modalities(
 
 
 def _observed_enough(plan: WindowPlan, data: DataConfig, sources: Sequence[ModalitySource]) -> WindowPlan:
-    """Leave out the training windows of which a modality observed less than its `min_observed`.
+    """Remove the training windows of which a modality observed less than its `min_observed`.
 
     Raises:
         NothingFound: None is left.

@@ -74,7 +74,7 @@ class BandNumbers:
 
 @dataclass(frozen=True)
 class Conversion:
-    """Turns stored numbers of other data into those that a model was trained on: stored · gain + shift, by band."""
+    """Conversion of stored numbers of other data into those of training: stored · gain + shift, by band."""
 
     gain: tuple[float, ...]
     shift: tuple[float, ...]

@@ -50,7 +50,7 @@ def series_dates(config: DataConfig, spec: CubeSpec) -> int:
 
 @dataclass(frozen=True)
 class WindowReader:
-    """Reads windows of one collection.
+    """Reader of windows of one collection.
 
     Attributes:
         cube: The open cube.

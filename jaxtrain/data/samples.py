@@ -39,7 +39,7 @@ _SAMPLED = 2048
 
 @dataclass(frozen=True)
 class SampleReader:
-    """Reads samples of one store.
+    """Reader of samples of one store.
 
     Attributes:
         store: The open store.
@@ -151,7 +151,7 @@ class SampleReader:
 
     @cached_property
     def _scenes(self) -> tuple[npt.NDArray[Any], npt.NDArray[np.uint8]]:
-        """Return all scenes (N, H, W, C), and their valid pixels (N, H, W), with a mirrored rim of half a patch."""
+        """All scenes (N, H, W, C) and their valid pixels (N, H, W), with a mirrored rim of half a patch."""
         rim = self.patch // 2
         if rim >= min(self.store.spec.size):
             raise InvalidInput(

@@ -208,7 +208,7 @@ class TrainingData(Protocol):
 
 
 def no_rows(url: str, card: LearnedFrom, part: Part | None, rows: str) -> NothingFound:
-    """Return the error of an evaluation without windows or samples, which says why there are none.
+    """Return the error for an evaluation without windows or samples; it says why there are none.
 
     Args:
         url: The data.

@@ -40,7 +40,7 @@ class Window:
 
     @classmethod
     def of(cls, row: npt.NDArray[np.int32]) -> Window:
-        """Make it from a row of `Windows`."""
+        """Make the window from a row of `Windows`."""
         *cube, time, y, x = (int(v) for v in row)
         return cls(time, y, x, cube[0] if cube else 0)
 
@@ -305,7 +305,7 @@ def _held_dates(spec: CubeSpec, dates: Sequence[str]) -> tuple[int, ...]:
 def _beside(
     numbers: npt.NDArray[np.int32], of: npt.NDArray[np.bool_], shape: tuple[int, ...], reach: int
 ) -> npt.NDArray[np.bool_]:
-    """Return which windows have one of `of`, on any date, within `reach` windows; numbers are (time, row, column)."""
+    """Return which windows (time, row, column) have a window of `of`, on any date, within `reach` windows."""
     there = np.zeros((shape[0] + 2 * reach, shape[1] + 2 * reach), np.int64)
     there[numbers[of, 1] + reach, numbers[of, 2] + reach] = 1
     sums = np.pad(there.cumsum(axis=0).cumsum(axis=1), ((1, 0), (1, 0)))

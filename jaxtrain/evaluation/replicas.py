@@ -1,4 +1,4 @@
-"""The part of a report about unequal replicas: who computed how much, how fast, and who came and went."""
+"""The part of a report about unequal replicas: the share and speed of each, and who joined and left."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Replicas of unequal speed that come and go: their group, shares by speed, and the exchange of gradients."""
+"""Replicas of unequal speed that join and leave: their group, shares by speed, and the exchange of gradients."""

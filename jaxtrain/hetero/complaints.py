@@ -16,7 +16,7 @@ _MOST_RETRIES = 3
 
 
 class Complaints:
-    """What members said about their connections with others."""
+    """Reports of members about lost connections with other members."""
 
     def __init__(self) -> None:
         self._said: list[tuple[frozenset[int], float]] = []

@@ -148,7 +148,7 @@ class Coordinator:
             await asyncio.gather(beats, *self._tasks, return_exceptions=True)
 
     async def _tick(self) -> None:
-        """Pass the time to the group, and send signs of life."""
+        """Tell the group the time, and send signs of life."""
         last = beat = time.monotonic()
         while True:
             await asyncio.sleep(_TICK_S)
@@ -218,7 +218,7 @@ class Coordinator:
         return None
 
     def _report(self, host: str, why: str) -> None:
-        """Log at most once a minute that an address was refused, as a port scanner must not fill the log."""
+        """Log at most once a minute that an address was refused, so that a port scanner cannot fill the log."""
         now = time.monotonic()
         if now - self._reported.get(host, -_REPORT_EVERY_S) < _REPORT_EVERY_S:
             return

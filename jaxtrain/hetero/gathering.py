@@ -41,7 +41,7 @@ class Gathering:
             self.name = None
 
     def change(self, active: Sequence[Seat], roll: Mapping[str, Any]) -> None:
-        """Tell all waiting members that the members changed, so that none of them gets a result."""
+        """Tell all waiting members that the membership changed, so that none of them gets a result."""
         for seat in active:
             if seat.values is not None:
                 seat.values = None

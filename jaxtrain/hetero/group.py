@@ -1,4 +1,4 @@
-"""The rules of a group: who is in it, who does which chunks, and when a step is complete. No sockets, no clock.
+"""The rules of a group: its members, the chunks of each, and when a step is complete. No sockets, no clock.
 
 A step has two phases, so that no loss of a member can lose or double a chunk:
 
@@ -130,7 +130,7 @@ class Group:
         return number, "", False
 
     def welcome(self, number: int, now: float) -> None:
-        """Tell a newly seated process the state of the group; form the group once all expected ones have joined."""
+        """Tell a process that has its seat the state of the group; form a group that is complete."""
         if self._phase == "forming":
             if len(self._seats) >= self._expected:
                 self._form(now)
@@ -167,7 +167,7 @@ class Group:
         }
 
     def drop(self, number: int, reason: str, now: float, *, left: bool = False) -> None:
-        """Remove a member that died, was silent or has left, and go on with the others."""
+        """Continue without a member that died, was silent, or has left."""
         seat = self._seats.pop(number, None)
         if seat is None:
             return
@@ -223,7 +223,7 @@ class Group:
     # ── what members say ──
 
     def receive(self, number: int, message: Mapping[str, Any], now: float) -> None:
-        """Take in one message of a member.
+        """Process one message of a member.
 
         Raises:
             KeyError, TypeError, ValueError: It is not one that a member sends.
@@ -261,7 +261,7 @@ class Group:
         self._move(now)
 
     def tick(self, now: float) -> None:
-        """Drop members that were silent for too long, and end what has waited too long."""
+        """Process the passing of time: drop silent members, and end what waits too long."""
         for seat in list(self._seats.values()):
             silent = now - seat.heard
             if silent > seat.application.silence_s and seat.number in self._seats:
@@ -289,7 +289,7 @@ class Group:
                 self._attempt_again()
 
     def forgive(self, seconds: float) -> None:
-        """Move all times on: this process itself stood still for so long, and heard nobody meanwhile."""
+        """Move all times forward by the seconds for which this process stood still and could not hear anybody."""
         for seat in self._seats.values():
             seat.heard += seconds
         self._progress += seconds

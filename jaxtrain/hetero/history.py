@@ -63,7 +63,7 @@ def read_events(run: Path) -> list[dict[str, Any]]:
 
 
 class ShareHistory:
-    """Writes the history of the shares; a context manager of the replica that leads.
+    """Writer of the history of the shares; a context manager of the replica that leads.
 
     Args:
         run: The run's folder.

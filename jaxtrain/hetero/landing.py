@@ -1,4 +1,4 @@
-"""Where blocks of other members land: in the round that is under way, or in a large value that is waited for."""
+"""The memory for blocks of other members: the round that is under way, or a large value that is expected."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Bulk:
 
 
 class Landing:
-    """Tells receiving threads where a block goes: one that comes too early waits, one that comes too late is dropped.
+    """Memory for the blocks that threads receive: a block that is early waits, and a block that is late is dropped.
 
     Args:
         wake: Condition of the member: held while anything here changes.
@@ -85,7 +85,7 @@ class Landing:
         return self._bulk is not None and self._bulk.complete
 
     def expect_round(self, summing: Round | None) -> None:
-        """Accept blocks of this round; blocks of earlier rounds are too late from now on."""
+        """Accept blocks of this round; blocks of earlier rounds are late from now on."""
         with self._wake:
             self._round = summing
             if summing is not None:
@@ -93,7 +93,7 @@ class Landing:
             self._wake.notify_all()
 
     def expect_bulk(self, bulk: Bulk | None) -> None:
-        """Accept blocks of this value; None if none is expected."""
+        """Accept blocks of this value; None if no value is expected any longer."""
         with self._wake:
             if self._bulk is not None:
                 self._passed.append(self._bulk.key)
@@ -101,7 +101,7 @@ class Landing:
             self._wake.notify_all()
 
     def close(self) -> None:
-        """End every wait."""
+        """End all waiting."""
         with self._wake:
             self._closed = True
             self._wake.notify_all()
@@ -109,7 +109,7 @@ class Landing:
     def place(
         self, number: int, header: Mapping[str, Any], length: int, stands: Callable[[], bool]
     ) -> memoryview | None:
-        """Return where a block goes.
+        """Return the memory for a block.
 
         Args:
             number: The member that sends it.

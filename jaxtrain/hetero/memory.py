@@ -1,4 +1,4 @@
-"""How many chunks of a step the memory of a host holds: those that are read ahead, beside all else."""
+"""The number of chunks of a step for which a host has memory: those that are read ahead, besides everything else."""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ class _Message:
 
 
 class _Sender:
-    """Sends to one peer, in order, from a thread."""
+    """Sender of messages to one peer, in order, in a thread."""
 
     def __init__(self, peers: Peers, peer: Peer) -> None:
         self._peers, self._peer = peers, peer
@@ -74,7 +74,7 @@ class _Sender:
             self._wake.notify()
 
     def purge(self, token: Hashable) -> None:
-        """Forget what has not been sent and is not of this token."""
+        """Remove unsent messages that do not belong to this token."""
         with self._wake:
             self._queue = deque(message for message in self._queue if message.token == token)
 
@@ -90,7 +90,7 @@ class _Sender:
             self._thread.join(timeout=_CONNECT_S + 1)
 
     def _connect(self) -> socket.socket:
-        """Connect to the peer; try again for as long as a silent peer is kept, as it may be too busy to answer."""
+        """Connect; a peer that is too busy to answer gets as much time as a silent one."""
         until = time.monotonic() + self._peers.silence_s
         while True:
             try:
@@ -217,7 +217,7 @@ class Peers:
             _end(sock)
 
     def connect(self, peer: Peer) -> socket.socket:
-        """Connect to a peer and say who we are."""
+        """Connect to a peer and identify this member."""
         sock = connect(peer.address, self._key, self._purpose, silence_s=self.silence_s, wait_s=_CONNECT_S)
         sock.sendall(pack({"kind": "peer", "number": self._number}))
         return sock

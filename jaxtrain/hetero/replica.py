@@ -67,7 +67,7 @@ def expect_group(environment: Mapping[str, str]) -> Group:
 
 @dataclass(frozen=True)
 class Work:
-    """Who did what in one step.
+    """The work of all replicas in one step.
 
     Attributes:
         shares: Chunks of each replica, by name.
@@ -295,7 +295,7 @@ class Replica:
                 )
 
     def share_of(self, count: int) -> tuple[int, int]:
-        """Return the first and the last but one of `count` pieces of work for this replica, by the last shares."""
+        """Return (first, stop) of the pieces of work, of `count`, for this replica, by the last shares."""
         members = self.member.members
         weights = np.array([self._shares.get(name, 0) for name in members], np.float64)
         if not weights.sum():
@@ -305,7 +305,7 @@ class Replica:
         return (ends[own - 1] if own else 0), ends[own]
 
     def add_up(self, name: str, compute: Callable[[], Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
-        """Return the sums of what all replicas compute; done again by those that are left if one is lost meanwhile.
+        """Return the sums over all replicas; if one is lost meanwhile, those that are left compute them again.
 
         Args:
             name: Names the sums.
@@ -358,7 +358,7 @@ def _flatten(arrays: Mapping[str, np.ndarray]) -> dict[str, float]:
 
 
 def _unflatten(flat: Mapping[str, float]) -> dict[str, np.ndarray]:
-    """Build the arrays from the result of `_flatten`."""
+    """Rebuild arrays from the numbers that `_flatten` returns."""
     arrays: dict[str, np.ndarray] = {}
     for key, value in flat.items():
         name, shape, place = key.split("|")
@@ -416,7 +416,7 @@ def _unpack(program: Program, data: memoryview) -> tuple[TrainState, dict[str, A
 
 
 def warm_up(programs: ChunkPrograms, config: TrainConfig, ready: TrainingSet) -> int | None:
-    """Run both programs once on a throw-away state; return the most chunks for which the memory of this host is."""
+    """Run both programs once on a temporary state; return the most chunks for which this host has memory."""
     program = programs.program
     try:
         sample = ready.reader.read(ready.plan.parts["train"].rows[:1])

@@ -11,7 +11,7 @@ __all__ = ["Roll"]
 
 
 class Roll:
-    """Who is in the group.
+    """The members of the group.
 
     Attributes:
         order: All members, in the order in which contributions are added.
@@ -25,6 +25,6 @@ class Roll:
         self.epoch = 0
 
     def take(self, message: Mapping[str, Any]) -> None:
-        """Take over what a message says."""
+        """Update the roll from a message."""
         self.epoch, self.leader = int(message["epoch"]), str(message["leader"])
         self.order = tuple(Peer(int(number), str(name), str(address)) for number, name, address in message["members"])

@@ -98,7 +98,7 @@ class Round:
         return {"kind": kind, "s": self.key[0], "a": self.key[1], "o": offset}
 
     def place(self, number: int, header: Mapping[str, Any], length: int) -> memoryview | None:
-        """Return where a block of another member goes; None if it is no block of this round."""
+        """Return the memory for a block of another member; None if it does not belong to this round."""
         is_part = header["kind"] == "part"
         if number not in (self._got_part if is_part else self._got_sum) or length % 4:
             return None
@@ -117,7 +117,7 @@ class Round:
         got[number] += length // 4
 
     def _ready(self) -> int:
-        """Return up to where this member's slice can be added: whole blocks that all have sent."""
+        """Return the end of the part of this member's slice that can be added: whole blocks that all have sent."""
         if self._vector is None:
             return 0
         got = min(self._got_part.values(), default=self._length)
@@ -136,7 +136,7 @@ class Round:
         )
 
     def add(self, send: Callable[[int, dict[str, Any], memoryview], None]) -> None:
-        """Add what all have sent of this member's slice, and send each block of the sum to all others."""
+        """Add the blocks of this member's slice that all have sent, and send each block of the sum to all others."""
         assert self._vector is not None
         start, stop = self._bounds[self._own]
         own, total = self._vector[start:stop], self._total[start:stop]

@@ -22,7 +22,7 @@ _SILENCE_S = (0.2, 3600.0)
 
 @dataclass(frozen=True)
 class Application:
-    """What a process says about itself when it asks to join.
+    """The statement of a process about itself when it asks to join.
 
     Attributes:
         name: Its name, the only one of this kind in the group.

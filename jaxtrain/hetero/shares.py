@@ -1,4 +1,4 @@
-"""How many chunks of a step each member gets: from measured seconds per chunk to whole shares.
+"""Decide how many chunks of a step each member gets: from measured seconds per chunk to whole shares.
 
 The time of a step is that of its slowest member, max(share × seconds per chunk). `apportion` finds the whole numbers
 that minimise it. `RateFilter` turns measured seconds into a rate that one hiccup does not move. `ShareController` joins
@@ -103,7 +103,7 @@ class RateFilter:
 
     @property
     def seconds(self) -> float | None:
-        """The rate; None before anything was measured."""
+        """Rate, in seconds per chunk; None before anything was measured."""
         return statistics.median(self._seconds) if self._seconds else None
 
     @property
@@ -121,7 +121,7 @@ class RateFilter:
         return 1.25 * deviation / math.sqrt(self.count)
 
     def add(self, seconds: float) -> None:
-        """Take in the mean seconds per chunk of one step; what is not above 0 and finite is left out."""
+        """Add the mean seconds per chunk of one step; a value that is not finite or not above 0 is ignored."""
         if not (math.isfinite(seconds) and seconds > 0):
             return
         self._seconds.append(seconds)
@@ -154,7 +154,7 @@ class Decision:
 
 @dataclass
 class _Pace:
-    """What is known of one member's speed."""
+    """The known speed of one member."""
 
     rate: RateFilter = field(default_factory=RateFilter)
     warm: bool = False
@@ -167,7 +167,7 @@ class _Pace:
     """Trials in vain, one after the other."""
 
     def observe(self, seconds: float) -> None:
-        """Take in a measurement; the first of a trial replaces all older ones."""
+        """Add a measurement; the first of a trial replaces all older ones."""
         if not self.warm:
             self.warm = True
         elif self.trial == _TRIAL_STEPS:
@@ -192,7 +192,7 @@ class ShareController:
         self._limits: dict[str, int | None] = {}
 
     def observe(self, member: str, seconds: float) -> None:
-        """Take in the mean seconds per chunk of a member's last step.
+        """Add the mean seconds per chunk of a member's last step.
 
         The first measurement of a member is left out: programs are compiled and caches are filled in it.
         """
@@ -256,7 +256,7 @@ class ShareController:
         return set(recorded) == set(limits) and sum(recorded.values()) == self._chunks and min(recorded.values()) >= 0
 
     def _by_speed(self, step: int, known: Mapping[str, float], limits: Mapping[str, int | None]) -> Decision:
-        """Split by the known speeds of some members; each of the others gets one chunk, to measure it."""
+        """Split by the known speeds; a member of unknown speed gets one chunk, to measure it."""
         new = [name for name in limits if name not in known]
         begun = [name for name in limits if self._begins_trial(name, step)]
         trials = [name for name in limits if self._goes_on_trying(name, known)]
@@ -314,7 +314,7 @@ class ShareController:
         return best if longest(held, known) > longest(best, known) * (1 + needed) else held
 
     def _least_gain(self, known: Mapping[str, float]) -> float:
-        """Return by which part a step must get shorter for shares to move: more where rates are less certain."""
+        """Return by which share a step must become shorter for shares to change: more where rates are less certain."""
         return max(_GAIN, _ERRORS * max(self._paces[name].rate.error for name in known))
 
     def _begins_trial(self, name: str, step: int) -> bool:
@@ -325,7 +325,7 @@ class ShareController:
         return True
 
     def _goes_on_trying(self, name: str, known: Mapping[str, float]) -> bool:
-        """Return whether a member is on trial; one that shows to be far too slow is not for longer."""
+        """Return whether a member is on trial; a trial ends once the member is clearly far too slow."""
         pace = self._paces[name]
         if 0 < pace.trial < _TRIAL_STEPS:
             others = {other: rate for other, rate in known.items() if other != name}

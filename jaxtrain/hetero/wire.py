@@ -70,7 +70,7 @@ SHAPE_ERRORS = (KeyError, TypeError, ValueError, IndexError, AttributeError)
 
 
 class BadMessage(ConnectionError):
-    """What came is not a message of ours, or exceeds its bound."""
+    """Received bytes are not a message of this protocol, or exceed its bound."""
 
 
 class WrongSecret(ConnectionError):

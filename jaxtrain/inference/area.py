@@ -62,7 +62,7 @@ class Area:
 
     @classmethod
     def from_list(cls, data: Iterable[Any]) -> Self:
-        """Build an area from the result of `to_list`."""
+        """Make the area from its JSON form, which `to_list` returns."""
         return cls(tuple(tuple(tuple((float(x), float(y)) for x, y in ring) for ring in rings) for rings in data))
 
     @cached_property

@@ -1,4 +1,4 @@
-"""Windows become pixels: overlapping windows are blended, middles of windows are put side by side, dates are joined.
+"""Join windows to pixels: overlapping windows are blended, middles of windows are put side by side, dates are joined.
 
 In a blend the weights fall to zero at the edge of a window, and sums are kept for one row of windows.
 

@@ -206,7 +206,7 @@ def _write_stablehlo(path: Path, function: Any, specs: dict[str, Any], weights: 
 
 @contextlib.contextmanager
 def _no_traceback() -> Iterator[None]:
-    """Leave the lines of code out of what JAX lowers: they name files of this machine, and depend on the caller."""
+    """Omit source lines from what JAX lowers: they name files of this machine, and depend on the caller."""
     before = jax.config.values["jax_traceback_in_locations_limit"]
     update: Callable[[str, Any], None] = jax.config.update
     update("jax_traceback_in_locations_limit", 0)

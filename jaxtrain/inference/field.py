@@ -1,4 +1,4 @@
-"""How far a network looks: `receptive_radius` finds the pixels that an answer depends on, by running the network.
+"""Measure the receptive field: `receptive_radius` finds the pixels that an answer depends on, by running the network.
 
 One column of the input is made not-a-number. Every operation hands that on to all that it computes from it, so the
 answers that are not numbers are those that depend on the column. Networks that halve images look at blocks of pixels,
@@ -47,7 +47,7 @@ def image_stride(program: Program) -> int:
 
 
 def receptive_radius(program: Program, state: TrainState, stride: int) -> int | None:
-    """Return how many pixels beside its own an answer depends on at most, or None where it depends on all.
+    """Return the radius in pixels of the receptive field of an answer; None where it covers the whole image.
 
     Args:
         program: The network.

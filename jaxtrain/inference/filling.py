@@ -64,7 +64,7 @@ _MASKED_SAY = np.float32(1e-3)
 
 @dataclass(frozen=True)
 class Filled:
-    """What a process has done for a map.
+    """The work that a process has done for a map.
 
     Attributes:
         windows: Number of windows that were predicted, over all dates.

@@ -31,7 +31,7 @@ def helper_command(folder: Path) -> list[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the helper; returns the exit code."""
+    """Run the helper, and return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m jaxtrain.inference.helper", description="Fill a part of a map.")
     parser.add_argument("folder", type=Path, help="folder in which the map is made")
     parsed = parser.parse_args(arguments)

@@ -37,7 +37,7 @@ _TRAINING_BATCHES = 8
 
 @dataclass(frozen=True)
 class Lattice:
-    """Where windows lie.
+    """The places of windows on a scene.
 
     Attributes:
         grid: (height, width) of the scene.
@@ -91,7 +91,7 @@ class Lattice:
         *,
         votes: bool,
     ) -> Self:
-        """Place windows whose middles lie side by side, with as much around them as the network looks at."""
+        """Place windows whose middles lie side by side, each with a margin of the receptive field around it."""
         pad = -(-radius // stride) * stride
         pixels = batch * patch**2
         most = max(_TRAINING_BATCHES * pixels, (4 * max(pad, stride)) ** 2)

@@ -74,7 +74,7 @@ class MapLayers:
 
     @property
     def channels(self) -> int:
-        """Number of channels of what is joined: the answer of each class, and which modalities were there."""
+        """Number of channels that are joined: the answer of each class, and the presence of each modality."""
         return self.classes + len(self.modalities)
 
     def dtype(self, name: str) -> str:

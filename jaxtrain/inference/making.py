@@ -309,7 +309,7 @@ def _tidy(making: Making) -> None:
 
 
 def open_making(folder: Path) -> tuple[Making, dict[str, Any]]:
-    """Open the folder of a map that another process holds, to help; returns its plan, too.
+    """Open the folder of a map that another process holds, to help with it; return its plan, too.
 
     Raises:
         IntegrityError: There is no plan, or it cannot be read.
@@ -338,7 +338,7 @@ def find_making(url: str | Path, digest: str) -> Path | None:
 
 
 def map_progress(url: str | Path) -> dict[str, Any] | None:
-    """Return how many shards of a map are done, of how many, and whether it is finished; None where there is no map.
+    """Return done and total shards of a map, and whether it is finished; None where there is no map.
 
     A map that is being made again counts as unfinished.
     """

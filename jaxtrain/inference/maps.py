@@ -140,7 +140,7 @@ def _layer_shape(layer: str, kind: MapLayers, grid: Grid, times: Sequence[str]) 
 
 @dataclass(frozen=True)
 class MapWriter:
-    """Writes the pixels of a new map; boxes may come in any order, best in whole chunks."""
+    """Writer of the pixels of a new map; boxes may come in any order, best in whole chunks."""
 
     group: zarr.Group
     probabilities: bool

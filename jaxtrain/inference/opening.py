@@ -1,4 +1,4 @@
-"""`open_scene` opens a run and a cube together: what a map of them will be, what its shards are, and from what.
+"""`open_scene` opens a run and a cube together, and describes the map of them, its shards and their origin.
 
 The network is only read where shards are missing (`OpenScene.scene`).
 """
@@ -90,7 +90,7 @@ class OpenScene:
     warnings: tuple[str, ...]
 
     def scene(self) -> Scene:
-        """Return what fills shards."""
+        """Return the scene that fills shards."""
         return Scene(
             self.card, self.spec, self.index, self.reader, self.program, make_predict_step(self.program), self.state,
             self.options, self.kind, self.lattice, self.groups,
@@ -148,7 +148,7 @@ class OpenScene:
 
     @cached_property
     def plan(self) -> dict[str, Any]:
-        """What is made, as JSON, for the processes that help and for a run that goes on."""
+        """Description of the map to make, as JSON, for processes that help and for a run that continues."""
         plan = {
             "run": str(self.run.absolute()), "cube": self.cube.url, "options": self.options.to_dict(),
             "layers": list(self.kind.names), "dated": bool(self.times), "shards": len(self.shards),
@@ -262,7 +262,7 @@ def _open_reader(
     series: int,
     options: MapOptions,
 ) -> tuple[WindowReader | ModalityReader, list[str]]:
-    """Open what reads the windows, and return it with lines about numbers that are converted or unusual."""
+    """Open the reader of the windows; return it with lines about numbers that are converted or unusual."""
     config = card.config.data
     if card.modalities:
         sources, notes = open_sources(

@@ -17,7 +17,7 @@ Dates = Literal["mean", "majority", "each"]
 
 @dataclass(frozen=True)
 class MapOptions:
-    """How a scene becomes a map.
+    """Options by which a scene becomes a map.
 
     Attributes:
         time: One date, as in the cube; None for all dates.

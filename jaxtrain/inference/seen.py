@@ -1,4 +1,4 @@
-"""Which windows have something to show: those that touch a chunk of the cube in which a pixel was seen."""
+"""Find the windows with data: those that touch a chunk of the cube in which a pixel was seen."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ MARK = "terrashard-host "
 
 
 def look(order: dict[str, Any]) -> dict[str, Any]:
-    """Return what the launcher must know of this host before it starts anything."""
+    """Return the facts about this host that the launcher needs before it starts anything."""
     found: dict[str, Any] = {"python": "{}.{}".format(*sys.version_info)}
     for name in order["packages"]:
         try:

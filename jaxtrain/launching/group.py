@@ -31,7 +31,7 @@ _SHOWN = ("refused", "retry", "ended")
 
 @dataclass(frozen=True)
 class GroupPoint:
-    """Where the members of a group meet.
+    """The meeting point of the members of a group.
 
     Attributes:
         address: host:port of the coordinator.
@@ -128,7 +128,7 @@ def refuse_second_group(run: Path) -> None:
     """Refuse to hold a group where another launcher still answers.
 
     Raises:
-        Locked: It does.
+        Locked: Another launcher answers.
     """
     known = _read(group_file(run))
     if known is not None and _answers(known["address"]):

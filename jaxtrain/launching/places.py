@@ -1,4 +1,4 @@
-"""`Places` is where the processes of a run are started; `ThisMachine` is the simplest kind."""
+"""`Places` are the places at which the processes of a run start; `ThisMachine` is the simplest kind."""
 
 from __future__ import annotations
 

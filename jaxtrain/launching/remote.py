@@ -273,7 +273,7 @@ class RemoteProcess:
 
 @dataclass(frozen=True)
 class _Seen:
-    """What a host answered: its releases, absent paths, both ends of the connection, and a free port."""
+    """The answer of a host: its releases, absent paths, both ends of the connection, and a free port."""
 
     found: Mapping[str, Any]
     theirs: str

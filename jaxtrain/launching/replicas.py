@@ -1,4 +1,4 @@
-"""`launch_replicas` keeps the replicas of a run going that may change its machines: one that dies ends nobody else.
+"""`launch_replicas` runs replicas that may join and leave: one that dies does not end the others.
 
 Each place has at most one process at a time. A process that dies is replaced after a pause that grows, a bounded number
 of times; one that had worked for a minute starts the count anew. A place that cannot be reached is tried again for as
@@ -77,7 +77,7 @@ class ReplicaConfig:
 
 @dataclass
 class _Slot:
-    """One place: its process, and what became of the ones before."""
+    """One place: its process, and the outcomes of earlier ones."""
 
     number: int
     name: str
@@ -108,7 +108,7 @@ def launch_replicas(
     on_event: Callable[[str], None] = lambda _text: None,
     members: Callable[[], int] = lambda: 0,
 ) -> Outcome:
-    """Run a command as replicas that come and go, until the run is done or too few of them are left.
+    """Run a command as replicas that may join and leave, until the run is done or too few of them are left.
 
     Args:
         places: One for each process.

@@ -35,7 +35,7 @@ class LossTerms(NamedTuple):
     """Number of labelled pixels, int32."""
 
     def mean(self) -> jax.Array:
-        """Return the mean loss; zero, with zero gradient, where no pixel is labelled."""
+        """Return the mean loss: zero, with zero gradient, where no pixel is labelled."""
         return self.loss / jnp.where(self.weight > 0, self.weight, jnp.float32(1))
 
     def scaled(self, share: jax.Array) -> LossTerms:

@@ -180,7 +180,7 @@ def confusion(logits: jax.Array, label: jax.Array) -> jax.Array:
 
 
 def _calibration(logits: jax.Array, label: jax.Array) -> jax.Array:
-    """Return float32 (BINS, 3): number, sum of confidence and hits, by confidence of the prediction."""
+    """Count number, sum of confidence and hits in bins of the confidence of the prediction, float32 (BINS, 3)."""
     label = label.astype(jnp.int32)
     learned = (label >= 0) & (label < logits.shape[-1])
     confidence = jax.nn.softmax(logits, axis=-1).max(axis=-1)

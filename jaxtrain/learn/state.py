@@ -110,7 +110,7 @@ class Program:
 
     @property
     def saved_shardings(self) -> TrainState:
-        """Return the shardings of the arrays of a checkpoint; each process must see a part of every array."""
+        """Shardings of the arrays of a checkpoint; each process must see a part of every array."""
         if self.layout is None or all(map(is_here, self.layout.groups)):
             return self.shardings
         found: TrainState = jax.tree.map(lambda at: NamedSharding(self.mesh, at.spec), self.shardings)
@@ -128,7 +128,7 @@ class Program:
         return whole
 
     def of_saved(self, state: TrainState) -> TrainState:
-        """Return the state of a run from one that `to_save` returned."""
+        """Turn a saved state, as `to_save` returns it, into the state of training."""
         if self.saved_shardings is self.shardings:
             return state
 
@@ -241,7 +241,7 @@ class Program:
 
     @property
     def views(self) -> int:
-        """Return how many answers a training step asks for each sample: for all modalities together, and each alone."""
+        """Number of answers of a training step for each sample: of all modalities together, and of each alone."""
         return view_count(self.modalities, self.config.model)
 
     def entry(self, branch: str) -> tuple[int, ...]:

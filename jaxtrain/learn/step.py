@@ -317,7 +317,7 @@ def answer_batch(program: Program, params: Any, model_state: Any, batch: Batch) 
 
 
 def make_embed_step(program: Program) -> Callable[[TrainState, Batch], jax.Array]:
-    """Make `embed(state, batch) -> vectors (B, Z)`: the code of each image, its mean over rows and columns."""
+    """Make the step `embed(state, batch) -> vectors (B, Z)`: the code of each image, averaged over its pixels."""
     lies = batch_shardings(program)
 
     def run(params: Any, model_state: Any, image: jax.Array, observed: jax.Array) -> jax.Array:

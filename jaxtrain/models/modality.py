@@ -60,7 +60,7 @@ def finest(modalities: Sequence[Modality]) -> Modality:
 
 
 def view_count(modalities: Sequence[Modality], config: ModelConfig) -> int:
-    """Return how often a training step merges the branches: all together, and with `model.alone` each by itself."""
+    """Return the merges of branches in a training step: of all together, and with `model.alone` each by itself."""
     return 1 + len(modalities) if config.alone and len(modalities) > 1 else 1
 
 

@@ -240,7 +240,7 @@ class Fusion(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """What goes on after the fusion: a block (late), the decoder of a U-Net (middle), or all of one (early).
+    """The part after the fusion: a block (late), the decoder of a U-Net (middle), or a whole U-Net (early).
 
     `decoder(features, train=…)` → features (B, H, W, F) of the finest grid, or (B, F) of one answer for each image.
     """

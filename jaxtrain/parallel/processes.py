@@ -260,7 +260,7 @@ _WAIT_COUNTS: Counter[str] = Counter()
 
 
 class Agreement:
-    """Lets all processes learn at the same step that one of them wants to stop: a maximum over all devices.
+    """Agreement of all processes, at the same step, on whether one of them wants to stop: a maximum over all devices.
 
     A signal reaches processes at different times; acting on it alone would leave the others waiting in a collective.
     `ask` starts the computation and returns at once, `answer` reads it; reading it one step later costs no time.

@@ -1,4 +1,4 @@
-"""What a forward pass must keep for its backward pass, and nothing more.
+"""Keep the values that a backward pass needs of its forward pass, and nothing more.
 
 A forward and a backward pass that are two programs hand the values between them (the residuals of `jax.vjp`) over as
 results. The compiler cannot know that many of them need not be kept: inputs of the forward pass, which would be copied
@@ -25,7 +25,7 @@ KEPT, BORROWED, MADE = "kept", "borrowed", "made"
 
 @dataclass(frozen=True, eq=False)
 class _Recipe:
-    """Where each residual comes from; compared by identity, as it belongs to one trace."""
+    """The origin of each residual; compared by identity, as it belongs to one trace."""
 
     structure: Any
     """Structure of the function that pulls gradients back."""

@@ -1,1 +1,1 @@
-"""What every way of spreading a network costs, and which to take."""
+"""Predict the costs of all parallel strategies for a network, and choose one."""

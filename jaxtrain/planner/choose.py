@@ -22,7 +22,7 @@ __all__ = ["choose_mesh"]
 
 
 def choose_mesh(config: TrainConfig, tell: Callable[[str], None]) -> TrainConfig:
-    """Return the run on the mesh that a survey of this machine chooses; call it before anything touches a device.
+    """Return the configuration with the mesh that a survey of this machine chooses; call it before using a device.
 
     Of several processes the first one chooses, and the others take its choice.
 

@@ -93,7 +93,7 @@ class Collective:
 
 @dataclass(frozen=True)
 class Dialect:
-    """How the machine that is planned for does what a processor's program spells otherwise."""
+    """Differences between the collectives of the planned machine and those in the program of a processor."""
 
     scatters: bool = False
     """It has reduce-scatter, and its compiler makes one of an all-reduce whose parts are kept."""

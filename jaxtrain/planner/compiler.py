@@ -1,4 +1,4 @@
-"""The process that compiles strategies for devices that are not there: `python -m jaxtrain.planner.compiler`.
+"""The process that compiles strategies for devices that this machine lacks: `python -m jaxtrain.planner.compiler`.
 
 It reads one request from each line of its standard input and answers each with a line: the facts of the strategy, or
 why it cannot be; what cannot fit is not compiled. Devices of a processor stand for the real ones; the parent sets their

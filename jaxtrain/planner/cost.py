@@ -1,4 +1,4 @@
-"""Predict the seconds of a step from what its programs do and what a machine can do.
+"""Predict the seconds of a step from the operations of its programs and the speed of a machine.
 
 An instruction takes as long as the slower of its arithmetic and its memory traffic (the roofline of Williams, Waterman
 & Patterson 2009, doi:10.1145/1498765.1498785), and the machine's cost of starting it. A collective takes the latency of

@@ -1,4 +1,4 @@
-"""Compile the step of one strategy, without data and without its machine, and keep what the compiled programs say.
+"""Compile the step of one strategy, without data and without its machine, and keep the counts of the programs.
 
 A strategy without a pipeline is one program. A pipeline is a forward, a backward and an update program for each part;
 each runs on the devices of its stage, and what one part hands to the next is a copy between stages.
@@ -74,7 +74,7 @@ class Compiled:
 
 @dataclass(frozen=True)
 class HandOver:
-    """What one part of a pipeline gives to another for one microbatch."""
+    """The arrays that one part of a pipeline gives to another for one microbatch."""
 
     source: int
     target: int
@@ -94,7 +94,7 @@ class HandOver:
 
 @dataclass(frozen=True)
 class Facts:
-    """What is known of one strategy without a machine."""
+    """Counts of one strategy that depend on no machine."""
 
     mesh: Mapping[str, int]
     """Axes and their sizes, outermost first."""
@@ -129,7 +129,7 @@ class Facts:
 
     @classmethod
     def from_dict(cls, facts: Mapping[str, Any]) -> Facts:
-        """Read what `to_dict` gave."""
+        """Read the JSON form, which `to_dict` returns."""
         programs = tuple(
             Compiled(
                 **{

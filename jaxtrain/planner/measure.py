@@ -1,4 +1,4 @@
-"""Put measured steps beside predicted ones, and correct the predictions by what computing alone showed."""
+"""Measure steps, compare them with the predictions, and correct the predictions by measurements of computing alone."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def measure_rows(survey: Survey, *, most: int = MOST_MEASURED) -> Survey:
 
 @dataclass(frozen=True)
 class Probe:
-    """What is measured beside the strategies.
+    """A measurement in addition to the strategies.
 
     It is the program of one device, run by some devices at once, each on its part of the batch and without exchange; or
     the exchange of the gradient after it.
@@ -94,7 +94,7 @@ class Probe:
 
 
 def compute_probes(network: Network, devices: int, profile: Profile) -> list[Probe]:
-    """Return what measures a network without its strategies.
+    """Return the probes that measure a network without its strategies.
 
     These are one device alone, all devices that a processor runs at once, and the exchange of their gradient.
 
@@ -150,7 +150,7 @@ def _summed(facts: Facts) -> list[tuple[tuple[int, ...], str]]:
 
 @dataclass(frozen=True)
 class Ratios:
-    """Measured seconds of computing and of exchanges, in predicted ones."""
+    """Ratios of measured to predicted seconds, of computing and of exchanges."""
 
     alone: float
     """Ratio for one device with the whole batch, while the others rest."""
@@ -193,7 +193,7 @@ def compute_ratios(probes: Sequence[Probe], seconds: Sequence[float], profile: P
 
 
 def request_of(network: Network, config: TrainConfig) -> dict[str, Any]:
-    """Return what `jaxtrain.planner.measurer` must know to run a configuration."""
+    """Return the request by which `jaxtrain.planner.measurer` runs a configuration."""
     return {"config": config.model_dump(mode="json"), "card": network.card, "dtypes": network.dtypes}
 
 

@@ -69,7 +69,7 @@ class _Runner:
         self._state = self._program.init(jax.random.key(0))
 
     def begin(self) -> Any:
-        """Start a step, and return what is there when it has ended."""
+        """Start a step, and return arrays that are ready when it has ended."""
         # a compiled step takes its arguments by their places
         key = {"key": self._key} if self._program.layout is not None else {}
         self._state, metrics = self._step(self._state, self._batch, *(() if key else (self._key,)), **key)
@@ -77,20 +77,20 @@ class _Runner:
 
 
 class _Turn(Protocol):
-    """What one request runs when it is its turn."""
+    """Interface of what a request runs in its turn."""
 
     runners: list[_Runner]
     steps: int
 
     def prepare(self) -> None:
-        """Make what it needs, and run the first steps."""
+        """Make states and batches, and run the first steps."""
 
     def run(self, steps: int) -> float:
         """Return the seconds of a step."""
 
 
 class _Together:
-    """What one request runs: a strategy, or copies of the program of one device."""
+    """The work of one request: a strategy, or copies of the program of one device."""
 
     def __init__(self, request: Mapping[str, Any]) -> None:
         self._copies = request.get("copies")

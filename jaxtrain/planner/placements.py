@@ -1,4 +1,4 @@
-"""Compare the placements of a network with branches: what each sends, computes, holds and takes.
+"""Compare the placements of a network with branches: bytes sent, operations, memory and time of each.
 
 The list is that of Aspri, Tsagkatakis & Tsakalides (2020, doi:10.3390/rs12172670), who split a network of several
 modalities over a cluster in several ways: all of it on each device, its branches on devices of their own with the
@@ -44,7 +44,7 @@ class Placed:
 
 @dataclass(frozen=True)
 class PlacementRow:
-    """What one placement costs, before anything runs."""
+    """The predicted costs of one placement."""
 
     placed: Placed
     facts: Facts | None
@@ -159,7 +159,7 @@ def survey_placements(
     processes: int = 2,
     on_progress: Callable[[int, int], None] = lambda _done, _all: None,
 ) -> tuple[PlacementRow, ...]:
-    """Return what each placement costs; programs are compiled in other processes, and nothing is trained.
+    """Predict the costs of each placement; programs are compiled in other processes, and nothing is trained.
 
     A placement whose devices exchange within a group is compiled for its batch and for twice that, so what travels for
     each window is known apart from what travels once a step. Groups of one device send each other windows alone.

@@ -1,4 +1,4 @@
-"""Profiles of machines: what a device computes, holds and moves, and how devices are linked.
+"""Profiles of machines: speed, memory and bandwidth of a device, and the links between devices.
 
 A profile is a TOML file. Those that come with terrashard lie in `profiles/`; a user's own is named by its path. Every
 quantity carries its unit (`"3.35 TB/s"`), because a factor of eight between bits and bytes is the most common mistake.

@@ -42,7 +42,7 @@ LESS_WORK = "mesh.space, a smaller run.batch_size or data.patch"
 
 @dataclass(frozen=True)
 class Network:
-    """What is surveyed: a run, the description of its data, and the arrays of its batches."""
+    """The subject of a survey: a run, the description of its data, and the arrays of its batches."""
 
     config: TrainConfig
     card: Mapping[str, Any]
@@ -74,7 +74,7 @@ class Row:
 
     @property
     def efficiency(self) -> float | None:
-        """Images a second of each device, beside those of one device alone; None where not known."""
+        """Images a second of each device, divided by those of one device alone; None where not known."""
         if self.alone_s is None or self.prediction is None:
             return None
         return self.alone_s / self.prediction.step_s / self.candidate.devices
@@ -231,7 +231,7 @@ def survey_run(
 
 
 def _alone(network: Network, devices: int) -> list[Candidate]:
-    """Return one device with its share of the windows, whose rate efficiency is beside; none where it cannot be."""
+    """Return one device with its share of the windows, the reference of efficiency; none where it is impossible."""
     size = network.config.run.batch_size
     run = network.config.run.model_copy(update={"batch_size": max(1, size // devices)})
     made = with_mesh(network.config.model_copy(update={"run": run}), {"data": 1})
@@ -325,7 +325,7 @@ def _too_large(need: float, have: float, facts: Facts) -> str:
 
 
 def _far_too_large(least: Least, have: float) -> str:
-    """Return why a strategy was not compiled: which part of it alone is too much, and what would make it smaller."""
+    """Return why a strategy was not compiled: which part is too large alone, and what would make it smaller."""
     state = least.state > have
     what = f"{least.state / 1e9:.2f} GB for parameters and moments, {least.layer / 1e9:.2f} GB for its largest layer"
     way = LESS_STATE if state or least.state > least.layer else LESS_WORK

@@ -1,4 +1,4 @@
-"""Say in plain words what a survey found: a table for a terminal, and a verdict."""
+"""Describe the result of a survey in plain words: a table for a terminal, and a verdict."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def table(survey: Survey) -> str:
 
 
 def corrections(rows: Sequence[Row], profile: Profile) -> list[str]:
-    """Return what was corrected to the target's way of doing it, in one line; none where nothing was."""
+    """Return the corrections for the target in one line; none where nothing was corrected."""
     found = list(dict.fromkeys(text for row in rows for text in row.corrected))
     if not found:
         return []
@@ -156,7 +156,7 @@ def _drawn(made: Table) -> str:
 
 
 def verdict(survey: Survey) -> str:
-    """Return what to take, why, what limits it, and what would change the answer."""
+    """Return the recommended strategy, the reason, its limits, and what would change the answer."""
     choice = survey.choice
     if choice is None or choice.prediction is None or choice.facts is None:
         return nothing_fits(survey)

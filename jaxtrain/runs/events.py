@@ -129,7 +129,7 @@ class TrainingResult:
 
 @dataclass
 class Teller:
-    """Reports the progress of a run: one line to the log, and a `TrainEvent` to `on_event`.
+    """Reporter of the progress of a run: one line to the log, and a `TrainEvent` to `on_event`.
 
     Attributes:
         steps: Steps in all.

@@ -39,7 +39,7 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
 
 
 class RunLog:
-    """Writes the history of a run; a context manager.
+    """Writer of the history of a run; a context manager.
 
     Args:
         run: The run's folder.

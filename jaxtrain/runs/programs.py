@@ -1,4 +1,4 @@
-"""Compiled programs are kept in a folder of the user, never in one that came with a run.
+"""Keep compiled programs in a folder of the user, never in a folder that came with a run.
 
 Whoever can write a compiled program can run any code as the one who loads it. So programs are loaded only from a folder
 that this user made and nobody else can write to: `$XDG_CACHE_HOME/terrashard/programs/KEY`, or `~/.cache/…`. A run that

@@ -22,7 +22,7 @@ HUNG = 70
 
 
 class Watchdog:
-    """Ends this process when `beat` was not called for `seconds`; a context manager.
+    """Watch that ends this process when `beat` was not called for `seconds`; a context manager.
 
     The stacks of all threads go to stderr and to the file, before the process ends with code 70. Python's threads
     are enough for it: who waits in a collective has given the interpreter's lock back.

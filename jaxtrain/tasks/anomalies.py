@@ -51,7 +51,7 @@ _SAMPLE = {"isolation": 65_536, "embedding": 2048}
 
 @dataclass(frozen=True)
 class AnomalyOptions:
-    """What determines anomalies, beside the data.
+    """Options that determine anomalies, besides the data.
 
     Attributes:
         method: How rows are scored.
@@ -101,7 +101,7 @@ class AnomalyOptions:
 
 @dataclass(frozen=True, repr=False)
 class AnomalyResult:
-    """What `find_anomalies` has written.
+    """The result of `find_anomalies`.
 
     Attributes:
         out: Folder of the results.

@@ -30,7 +30,7 @@ _RUN = 512
 
 
 class Assigned(NamedTuple):
-    """What the rows of a block give.
+    """Labels and sums of the rows of a block.
 
     Attributes:
         labels: uint8 (row,): nearest centre; of two that are as near, the first.

@@ -1,4 +1,4 @@
-"""`Background` is what rows usually look like: mean and covariance, in whose terms the score of RX is a distance.
+"""`Background` is the mean and covariance of usual rows; the score of RX is the distance from it.
 
 RX (Reed & Xiaoli 1990, doi:10.1109/29.60107) scores a row by its squared Mahalanobis distance. Of rows from one normal
 distribution it follows χ² with as many degrees of freedom as there are features.

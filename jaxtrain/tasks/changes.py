@@ -1,4 +1,4 @@
-"""`find_changes` follows each pixel of a cube with a harmonic model and writes when, how much and how it changed.
+"""`find_changes` fits a harmonic model to each pixel of a cube, and writes date, magnitude and kind of its breaks.
 
 OUT/change.zarr   (break, y, x): break_date (days since 1970-01-01, 0 for none), magnitude, kind; (y, x): count
 OUT/change.json   numbers of breaks by kind and year
@@ -45,7 +45,7 @@ _NONE = 0
 
 @dataclass(frozen=True)
 class ChangeOptions:
-    """What determines changes, beside the data.
+    """Options that determine changes, besides the data.
 
     Attributes:
         collection, bands, time: What to read; see `CubeReader`.
@@ -80,7 +80,7 @@ class ChangeOptions:
 
 @dataclass(frozen=True, repr=False)
 class ChangeResult:
-    """What `find_changes` has written.
+    """The result of `find_changes`.
 
     Attributes:
         out: Folder of the results.
@@ -154,7 +154,7 @@ def find_changes(
     finish: Callable[[Path, ChangeResult], None] | None = None,
     on_progress: Callable[[str, int, int], None] | None = None,
 ) -> ChangeResult:
-    """Find when each pixel of a cube left its own history.
+    """Detect breaks in the time series of each pixel of a cube.
 
     Args:
         cube: A cube of several years.

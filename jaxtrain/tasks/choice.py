@@ -1,4 +1,4 @@
-"""How many clusters: inertia, silhouette and gap of each k on a sample, and the k that they suggest.
+"""Choose the number of clusters: inertia, silhouette and gap of each k on a sample, and the k that they suggest.
 
 Silhouette: Rousseeuw (1987, doi:10.1016/0377-0427(87)90125-7). Gap: Tibshirani, Walther & Hastie (2001,
 doi:10.1111/1467-9868.00293), with reference data in the box of the principal axes.

@@ -1,4 +1,4 @@
-"""`ClusterModel` is what k-means keeps: features, scaling and centres, as JSON that labels other data later."""
+"""`ClusterModel` holds features, scaling and centres of k-means, as JSON by which other data are labelled later."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ _SEED_ROWS = 1 << 16
 
 @dataclass(frozen=True)
 class ClusterOptions:
-    """What determines clusters, beside the data.
+    """Options that determine clusters, besides the data.
 
     Attributes:
         k: Numbers of clusters; of several, the suggested one is fitted.
@@ -109,7 +109,7 @@ def parse_k(text: str) -> tuple[int, ...]:
 
 @dataclass(frozen=True, repr=False)
 class ClusterResult:
-    """What `cluster` has written.
+    """The result of `cluster`.
 
     Attributes:
         out: Folder of the results.

@@ -54,7 +54,7 @@ class Box:
 
 
 class CubeReader:
-    """Reads chosen bands, indices and dates of one collection.
+    """Reader of chosen bands, indices and dates of one collection.
 
     Args:
         cube: The cube.

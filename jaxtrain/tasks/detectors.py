@@ -33,7 +33,7 @@ _PIECE = 4096
 
 
 class Detector(Protocol):
-    """Scores one block of a table."""
+    """Interface of a detector, which scores one block of a table."""
 
     @property
     def ref(self) -> TableRef: ...

@@ -39,7 +39,7 @@ _COS_45 = 0.7071067811865476
 
 @dataclass(frozen=True)
 class HarmonicModel:
-    """How a pixel is followed.
+    """The harmonic model of a pixel, and the rules by which a break is detected.
 
     Attributes:
         harmonics: Number of harmonics of the year, 1 to 3.

@@ -1,4 +1,4 @@
-"""Ground that is held out of a fit, and the threshold that its scores give for a rate of false alarms."""
+"""Held-out ground, and the threshold that its scores give for a rate of false alarms."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def held_out(table: Table, ids: npt.NDArray[np.uint64], seed: int) -> npt.NDArra
 
 @dataclass(frozen=True)
 class Fitted:
-    """Chooses the rows that are not held out.
+    """Choice of the rows that are not held out.
 
     Attributes:
         seed: Seed of the draw of the held-out ground.

@@ -1,4 +1,4 @@
-"""`NetworkReader` reads boxes of a cube as an autoencoder sees them: what its reconstruction lacks, or its code.
+"""`NetworkReader` reads boxes of a cube through an autoencoder: the error of its reconstruction, or its code.
 
 It takes the place of `CubeReader` in a `CubeTable`, so features of a network go the way of bands: they stream box by
 box, are averaged or compared over dates, and are made on any devices, processes and Dask workers.
@@ -35,7 +35,7 @@ Shows = Literal["residual", "code"]
 
 
 class NetworkReader:
-    """Reads what a trained autoencoder makes of the chosen dates.
+    """Reader of the reconstruction errors or codes of a trained autoencoder on the chosen dates.
 
     Args:
         cube: The cube.

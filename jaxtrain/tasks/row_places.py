@@ -45,7 +45,7 @@ def place_rows(table: Table, made: ScoreStore, *, most: int, least_pixels: int) 
 
 
 def _to_degrees(table: Table) -> Any:
-    """Return what turns coordinates of the cube that vectors were made from into degrees; nan where that is gone."""
+    """Return a function from coordinates of the vectors' cube to degrees; it gives nan where the cube is gone."""
     from zarr_store.crs import transformer_between
     from zarr_store.read import open_cube
 

@@ -211,7 +211,7 @@ def open_table(
         dates: How the dates of a cube become features.
         looks: Equivalent number of looks of radar, for its change.
         run: Run directory of an autoencoder; the features are then what it makes of a cube.
-        shows: What it makes: "residual", what its reconstruction of each band lacks, or "code".
+        shows: "residual" for the error of its reconstruction of each band, or "code".
 
     Raises:
         NotACube: It is none of them.

@@ -37,7 +37,7 @@ class Job(Protocol):
 
 
 class Workers(Protocol):
-    """Whoever runs jobs."""
+    """Interface of everything that runs jobs."""
 
     def map(self, job: Callable[[int], T], numbers: Sequence[int]) -> Iterator[T]:
         """Yield the result of each block, in the order of `numbers`."""
@@ -91,7 +91,7 @@ class TableRef:
         return block
 
     def keep(self, name: str, number: int, make: Callable[[], K]) -> K:
-        """Return what `make` makes of a block, or take it from what is kept.
+        """Return the result of `make` for a block, or take it from what is kept.
 
         Args:
             name: Name of what is made, which must depend on the block alone.
@@ -140,7 +140,7 @@ class LocalWorkers:
     """Threads of this process; two blocks more than threads are under way at a time.
 
     Args:
-        threads: Number of threads; None for one on each core.
+        threads: Number of threads; None for one on each core, and at most 16.
     """
 
     def __init__(self, threads: int | None = None) -> None:

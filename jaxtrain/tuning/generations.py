@@ -30,7 +30,7 @@ _FACTORS = (0.8, 1.2)
 
 @dataclass(frozen=True)
 class Turn:
-    """What one trial of a population is.
+    """Generation, member and parent of one trial of a population.
 
     Attributes:
         generation: Number of its interval between two validations.
@@ -46,7 +46,7 @@ class Turn:
 
 
 def turn_of(number: int, trials: Sequence[FrozenTrial], members: int, seed: int, *, lower: bool) -> Turn:
-    """Return what a trial is.
+    """Return generation, member and parent of a trial.
 
     Args:
         number: Its number.
@@ -101,7 +101,7 @@ def _draws(seed: int, number: int, what: str) -> np.random.Generator:
 
 
 class GenerationSampler(optuna.samplers.BaseSampler):
-    """Draws the first generation at random, and later ones from the generation before.
+    """Sampler that draws the first generation at random, and later ones from the generation before.
 
     Args:
         members: Size of the population.
@@ -112,7 +112,7 @@ class GenerationSampler(optuna.samplers.BaseSampler):
         self._members, self._seed = members, seed
 
     def turn(self, study: optuna.Study, number: int) -> Turn:
-        """Return what a trial is; the generation before must have ended."""
+        """Return generation, member and parent of a trial; the generation before must have ended."""
         lower = study.direction == optuna.study.StudyDirection.MINIMIZE
         return turn_of(number, study.get_trials(deepcopy=False), self._members, self._seed, lower=lower)
 

@@ -22,7 +22,7 @@ _NEWEST = 5
 
 @dataclass(frozen=True)
 class Pace:
-    """How fast a worker is.
+    """The speed of a worker.
 
     Attributes:
         worker: Its host and name.

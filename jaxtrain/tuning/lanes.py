@@ -80,7 +80,7 @@ def work_together(
 
     Raises:
         InvalidInput: The first trials all failed for the same reason.
-        Preempted: The process was told to stop; the same call continues.
+        Preempted: The process was stopped by a signal; the same call continues.
     """
     shared = SharedParts() if shared is None else shared
     if population is None:

@@ -70,20 +70,20 @@ class SearchPlan:
         return self.pruner == "asha"
 
     def rungs(self, trials: Sequence[FrozenTrial]) -> Rungs:
-        """Return the trainings of a search that pauses, beside each other."""
+        """Return all trainings of a search that pauses, for comparison at its rungs."""
         return Rungs(trainings_of(trials), self.direction == "minimize", best_so_far=not self.folds)
 
     def of_generations(self) -> dict[str, Any]:
-        """Return settings of each trial of a population: its state is saved at its end, and it never ends early."""
+        """Return the settings of each trial of a population: it saves its state at its end, and never ends early."""
         return {"run.checkpoint_every": self.base.run.evaluate_every, "run.patience": 0} if self.members else {}
 
     def turn(self, trials: Sequence[FrozenTrial], number: int) -> Turn:
-        """Return what a trial of a population is."""
+        """Return generation, member and parent of a trial of a population."""
         return turn_of(number, trials, self.members, self.seed, lower=self.direction == "minimize")
 
     @property
     def direction(self) -> Literal["maximize", "minimize"]:
-        """Whether a larger or a smaller score is better."""
+        """Direction of the score: "maximize" if a larger one is better, else "minimize"."""
         return "minimize" if self.score in _LOWER else "maximize"
 
     @property

@@ -101,7 +101,7 @@ class _Group:
         return found
 
     def leave(self, place: int) -> None:
-        """Remove a trial, so that the others go on without it."""
+        """Remove a trial; the others continue without it."""
         with self.ready:
             self.joined.discard(place)
             self._compute_if_all_are_here()
@@ -172,7 +172,7 @@ class Population:
 
 @dataclass
 class _Member:
-    """What `train` takes from a population, for the trial at one place."""
+    """The interface of a population for `train`, for the trial at one place."""
 
     population: Population
     place: int
@@ -204,7 +204,7 @@ class _Member:
 
 @dataclass(frozen=True)
 class PopulationSpeed:
-    """What a short measurement says about a population.
+    """The result of a short measurement of a population.
 
     Attributes:
         device: Kind of the device.

@@ -100,7 +100,7 @@ def trainings_of(trials: Sequence[FrozenTrial]) -> list[Training]:
 
 @dataclass(frozen=True)
 class Rungs:
-    """The trainings of a search beside each other.
+    """All trainings of a search, compared at their rungs.
 
     Attributes:
         trainings: All of them.
@@ -152,7 +152,7 @@ class Rungs:
 
 
 class RungPruner(optuna.pruners.BasePruner):
-    """Ends a trial at a rung unless it is in its best quarter.
+    """Pruner that ends a trial at a rung unless it is in the best quarter of the rung.
 
     Args:
         best_so_far: As of `Rungs`.

@@ -35,7 +35,7 @@ class DataChanged(InvalidInput):
 
 @dataclass(frozen=True)
 class TrialResult:
-    """What came of a trial.
+    """The result of a trial.
 
     Attributes:
         value: Best validation score, or its mean over the folds.
@@ -48,7 +48,7 @@ class TrialResult:
 
 @dataclass
 class _Watch:
-    """Follows the trainings of one trial."""
+    """Observer of the trainings of one trial."""
 
     trial: optuna.Trial
     score: str

@@ -45,7 +45,7 @@ class Contender:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Best and defaults beside each other.
+    """The comparison of the best trial and the defaults.
 
     Attributes:
         score: Name of the score.
@@ -62,7 +62,7 @@ class Verdict:
     defaults: Contender
 
     def words(self) -> str:
-        """Return one line: by how much the best is better, beside the spread over seeds."""
+        """Return one line: by how much the best is better, compared with the spread over seeds."""
         sides = [side.test or side.validation for side in (self.best, self.defaults)]
         part = "test" if self.best.test else "validation"
         means = [statistics.fmean(side) for side in sides]

@@ -1,4 +1,4 @@
-"""`run_workers` runs a search on several processes, wherever they are, and replaces those that die."""
+"""`run_workers` runs a search on several processes, on any machines, and replaces those that die."""
 
 from __future__ import annotations
 
