@@ -1,4 +1,4 @@
-"""How good the recipes of `examples/` are: three seeds each, from scratch, by the commands that a user types.
+"""Accuracy of the recipes of `examples/`: three seeds each, from scratch, by the commands that a user types.
 
 Every run is `terrashard train` and `terrashard evaluate` in processes of their own, on stores that `terrashard samples`
 and `terrashard ingest` make of the shared data (`../shared/data`, or `TERRASHARD_SHARED_DATA`); without those data it

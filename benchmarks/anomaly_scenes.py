@@ -1,4 +1,4 @@
-"""What is unusual in real scenes: Zagreb's clouds for a model of the clear dates, and small classes of Indian Pines.
+"""Anomalies in real scenes: Zagreb's clouds for a model of the clear dates, and small classes of Indian Pines.
 
 Clouds: the cube is ingested without a mask. Methods are fitted to the two clearest dates, and the autoencoder is
 trained on them; the truth of the other dates is the scene classification, clouds (8, 9, 10) against clear land and

@@ -1,4 +1,4 @@
-"""Appending one date to a cube of many: seconds beside the reading of its pixels, for several lengths of the cube."""
+"""Appending one date to a cube of many: seconds compared with reading its pixels, for several lengths of the cube."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Breaks beside COLD of pyxccd, on the same simulated pixels: dates, false breaks, and pixels a second.
+"""Breaks compared with COLD of pyxccd, on the same simulated pixels: dates, false breaks, and pixels a second.
 
     python benchmarks/change.py
     PYXCCD_PYTHON=/path/to/python python benchmarks/change.py   # COLD in an environment of its own

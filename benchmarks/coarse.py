@@ -1,4 +1,4 @@
-"""Coarse cubes: 1/2, 1/4 and 1/8 of the files' resolution, from all pixels and from overviews, beside odc-stac.
+"""Coarse cubes: 1/2, 1/4 and 1/8 of the files' resolution, from all pixels and from overviews, compared with odc-stac.
 
 Whole tiles of simulated scenes in COGs whose overviews are averages, on two running workers of one thread, as for
 `ingest_speed.py --part near`. odc-stac reads overviews by itself, and keeps no status, source, counts or hashes. Also

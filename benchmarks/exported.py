@@ -1,4 +1,4 @@
-"""Exported networks on real windows: ONNX, StableHLO and safetensors beside the network in JAX.
+"""Exported networks on real windows: ONNX, StableHLO and safetensors compared with the network in JAX.
 
     benchmarks/exported.py --cube zagreb.zarr --store eurosat.zarr
 

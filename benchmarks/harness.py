@@ -1,4 +1,4 @@
-"""What all benchmarks share: worlds, fair timing beside a peer, and a table of ratios with their limits."""
+"""Shared parts of all benchmarks: worlds, fair timing of both sides, and a table of ratios with their limits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Unequal replicas: their rate beside the sum of the rates alone, shares that follow a change of speed, and kills.
+"""Unequal replicas: their rate over the sum of their rates alone, shares that follow a change of speed, and kills.
 
 Each replica is a process of its own, which a quota of processor time slows down (`hetero_crew.py`). This needs the
 right to make control groups, which root has. Replicas are compiled at full speed; quotas begin after that.

@@ -1,4 +1,4 @@
-"""EuroSAT with two replicas of the speeds 3:1 beside two equal ones: accuracy of three seeds, and the time it takes.
+"""EuroSAT with two replicas of the speeds 3:1 compared with two equal ones: accuracy of three seeds, and time.
 
 Both sides are `terrashard train` in two processes of one core each, with the recipe of `examples/eurosat.toml` at 600
 steps and norm = "group" (no replica holds the statistics of a whole batch). Quotas of processor time make 3:1.

@@ -1,4 +1,4 @@
-"""The rate of unequal replicas beside the sum of their rates alone, beside the equal split and beside the machine.
+"""The rate of unequal replicas compared with the sum of their rates alone, with the equal split and with the machine.
 
 The speed of a shared machine moves by a tenth within a minute, and what is compared must meet the same speed. So a
 ratio is measured in turns: each replica alone, all together, all at once without exchange, the equal split, and again.

@@ -1,4 +1,4 @@
-"""The exchange of a step between processes of this machine, beside the same bytes over plain loopback TCP and memcpy.
+"""The exchange of a step between processes of this machine, and the same bytes over plain loopback TCP and memcpy.
 
 Every process contributes a vector of 2 MB or 100 MB and gets the sum of all. The peers in the same run:
 

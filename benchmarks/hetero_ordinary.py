@@ -1,4 +1,4 @@
-"""Two equal replicas beside ordinary data parallelism of two processes, in turns on the same two cores.
+"""Two equal replicas compared with ordinary data parallelism of two processes, in turns on the same two cores.
 
 The sides differ in one thing at a time. The ordinary run computes its windows in one piece, and a replica in chunks of
 8, which stay in the caches; so the ordinary run is measured in three ways:

@@ -1,4 +1,4 @@
-"""Networks on data that are described and not there, for benchmarks of the planner."""
+"""Networks on data that are only described and do not exist, for benchmarks of the planner."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Maps of whole scenes: `predict`, Zarr to Zarr, beside the bare forward pass and tiled inference in PyTorch.
+"""Maps of whole scenes: `predict`, Zarr to Zarr, compared with the forward pass alone and tiled inference in PyTorch.
 
 - `--part rate`: windows that `predict` maps in a second, with opening, compiling, reading, blending and writing, beside
   those of the forward pass alone on batches that lie on the device. Both count the pixels of all windows, of which a

@@ -1,4 +1,4 @@
-"""Planning 1,825 items over 25 tiles, beside building the graph of `odc.stac.load` for the same items.
+"""Planning 1,825 items over 25 tiles, compared with building the graph of `odc.stac.load` for the same items.
 
 Items and file headers are in memory on both sides, so what is measured is the planning alone: selection, grouping,
 grid, sources of each shard, keys, digest.

@@ -1,4 +1,4 @@
-"""From COGs to a Zarr store: terrashard beside odc-stac, stackstac, and the decoding and encoding nobody can avoid.
+"""From COGs to a Zarr store: terrashard compared with odc-stac, stackstac, and plain decoding and encoding.
 
 All on the same files, two processes of one thread, and clusters that are running already: workers as terrashard starts
 them, and beside them workers as Dask starts them by itself, which is what users of the peers have. terrashard also

@@ -1,4 +1,4 @@
-"""k-means beside scikit-learn: speed with reading, inertia, memory, equal labels, and agreement with known classes.
+"""k-means compared with scikit-learn: speed with reading, inertia, memory, equal labels, agreement with known classes.
 
     python benchmarks/kmeans.py --part speed           # 10 million pixels of four bands
     python benchmarks/kmeans.py --part large           # 100 million, which scikit-learn must hold at once

@@ -1,4 +1,4 @@
-"""Where fusion pays: accuracy by cloud share of one modality alone and of several.
+"""Benefit of fusion: accuracy by cloud share of one modality alone and of several.
 
 The simulated world has Sentinel-2 and Sentinel-1. Networks are trained on Sentinel-2 alone, Sentinel-1 alone, both with
 each fusion, both without cloudy pairs, and both with each modality asked alone in every step. Held-out clear windows

@@ -1,4 +1,4 @@
-"""Cropland of a real series: several modalities beside each of them, and a random forest on the same pixels.
+"""Cropland of a real series: several modalities, each of them alone, and a random forest on the same pixels.
 
 Twelve monthly composites of Sentinel-2 and Sentinel-1 of one square kilometre (WorldCereal, in the shared data) become
 a cube by the commands that a user types; `examples/multimodal_series.toml` is trained on it, with both modalities and

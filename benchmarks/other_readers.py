@@ -1,4 +1,4 @@
-"""Readers of COGs that are no peers of a whole ingest, on the job of `small_region.py`: a small region over many dates.
+"""Readers of COGs that do only a part of an ingest, on the job of `small_region.py`: a small region over many dates.
 
 lazycogs, async-geotiff and rasteret, each by its own documented way and in an environment of its own. LAZYCOGS_PYTHON,
 ASYNC_GEOTIFF_PYTHON and RASTERET_PYTHON name their interpreters (Python 3.12 or later, with obstore and zarr too). One

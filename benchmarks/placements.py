@@ -1,4 +1,4 @@
-"""Placements of a network with two branches: what travels, how fast branches compute at once, and what accuracy means.
+"""Placements of a network with two branches: bytes sent, speed of branches that compute at once, and accuracy.
 
 - `bytes`: two to four real processes on 127.0.0.1 train under each placement, in a network namespace of their own
   where the system allows it; the counters of the loopback interface are read as `planner_bytes.py` does, beside what

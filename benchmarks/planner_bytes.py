@@ -1,4 +1,4 @@
-"""Bytes that two real processes send, and memory of a device, beside what the planner says before anything runs.
+"""Bytes that two real processes send, and memory of a device, compared with the planner's predictions.
 
 Bytes: two processes on 127.0.0.1 train with every strategy, and the counters of the loopback interface are read before
 and after. Where the system allows it, both live in a network namespace of their own, so nothing else uses that

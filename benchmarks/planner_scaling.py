@@ -1,4 +1,4 @@
-"""Published scaling of ResNet-50 beside what the planner predicts from a profile of each machine; nothing is fitted.
+"""Published scaling of ResNet-50 compared with predictions from a profile of each machine; nothing is fitted.
 
 Sedona et al. (Remote Sensing 2019, 11(24) 3056, doi:10.3390/rs11243056) report near linear scaling of ResNet-50 on
 BigEarthNet with Horovod at the Jülich Supercomputing Centre; the sequel (doi:10.1109/IGARSS39084.2020.9324237) goes to

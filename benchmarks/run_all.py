@@ -1,4 +1,4 @@
-"""All benchmarks, one process each, then every figure that has an aim; the exit status says whether all are met.
+"""All benchmarks, one process each, then every figure that has an aim; the exit status shows whether all are met.
 
 make bench            # a quick size
 make bench FULL=1     # the sizes of the published figures

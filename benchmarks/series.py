@@ -1,4 +1,4 @@
-"""Crops told apart by their course over a year: a real series of 118 dates, half of its pixels cloudy.
+"""Classification of crops by their course over a year: a real series of 118 dates, half of its pixels cloudy.
 
 The labelled patch of Flanders in the shared data (64 × 64 pixels at 10 m, netCDF) becomes a cube by `zarr_store`, its
 crops with more than 150 pixels a label layer; `temporal` learns whole series and is scored on held-out blocks

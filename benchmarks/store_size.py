@@ -1,4 +1,4 @@
-"""Size and number of files of a cube on real 10 m texture, beside plain Zarr, and what each codec costs one core.
+"""Size and number of files of a cube on real 10 m texture, compared with plain Zarr; speed of codecs on one core.
 
 Needs the Sentinel-2 cells of the shared data (Major TOM, 12 bands each); says so and passes where they are absent.
 """

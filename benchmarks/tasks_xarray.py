@@ -1,4 +1,4 @@
-"""How many tasks xarray makes of a composite over a tile, by plain `open_zarr` and by blocks of whole shards.
+"""Number of tasks that xarray makes of a composite over a tile, by plain `open_zarr` and by blocks of whole shards.
 
     python benchmarks/tasks_xarray.py --full     # 100 dates; without --full, 10 dates
 

@@ -1,4 +1,4 @@
-"""Batches to the device, beside raw tensorstore on the same cube and beside how others read a Dask-written one.
+"""Batches to the device, compared with raw tensorstore on the same cube and with other readers of a Dask-written cube.
 
 Patches of 256² and 4 bands in random order on this machine's processors:
 

@@ -1,4 +1,4 @@
-"""Every strategy beside one device, in the same run: step time, bytes moved by kind, memory of a device.
+"""Every strategy compared with one device, in the same run: step time, bytes moved by kind, memory of a device.
 
 Eight devices: those of the machine where it has so many accelerators, else a processor split into eight, whose cores
 all devices share, so times show what a strategy costs there and not what it gains; bytes and memory are the compiler's,

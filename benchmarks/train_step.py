@@ -1,4 +1,4 @@
-"""The training step of the default U-Net beside the same network in PyTorch, in the same run.
+"""The training step of the default U-Net compared with the same network in PyTorch, in the same run.
 
 Float32, patches of 128², 4 bands, batches of 16, forward, backward and AdamW; PyTorch in channels_last. Both sides take
 turns. Skipped, and said so, without torch.

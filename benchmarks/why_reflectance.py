@@ -1,4 +1,4 @@
-"""What odc-stac and stackstac give for real Sentinel-2 scenes, by default and as documented, beside terrashard.
+"""Results of odc-stac and stackstac for real Sentinel-2 scenes, by default and as documented, compared with terrashard.
 
     python benchmarks/why_reflectance.py [SCENES]        # needs the extra: pip install terrashard[bench]
 

@@ -161,7 +161,7 @@ def _check_nothing(read: Patch, labels: Path) -> None:
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a GeoTIFF lies; `grid` is None where it is turned, mirrored or without a CRS."""
+    """The place of a GeoTIFF; `grid` is None if the file is rotated, mirrored or without a CRS."""
 
     crs: str
     transform: tuple[float, ...]

@@ -44,7 +44,7 @@ _HALF_PX = 0.1
 
 @dataclass(frozen=True)
 class RasterRules:
-    """How a raster becomes labels or a static layer.
+    """The rules by which a raster becomes labels or a static layer.
 
     Attributes:
         kind: Classes, or values.

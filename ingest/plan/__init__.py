@@ -1,1 +1,1 @@
-"""From scenes to one task per shard; nothing here writes."""
+"""From scenes to one task per shard; no pixel is stored here."""

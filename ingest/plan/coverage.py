@@ -46,7 +46,7 @@ _PARTS = 3
 
 @dataclass(frozen=True)
 class Coverage:
-    """How a scene covers the region.
+    """The coverage of the region by a scene.
 
     Attributes:
         valid: Share of the region, or of the scene's raster where that is smaller, that has data; None where only parts

@@ -166,5 +166,5 @@ def step_label(scene: Acquisition, group: Grouping, longitude: float) -> tuple[s
 
 
 def _descending(text: str | None) -> tuple[int, ...]:
-    """Sort key that puts the greater text first and None last."""
+    """Return a sort key that puts the greater text first and None last."""
     return (1,) if text is None else (0, *(-ord(char) for char in text), 1)

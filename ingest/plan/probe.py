@@ -1,4 +1,4 @@
-"""`SceneProbe`: what the files of a scene say: their headers, and a few pixels that show whether the offset is in them.
+"""`SceneProbe` holds what the files of a scene state: headers, and a few pixels that show whether they have the offset.
 
 Item metadata are often stale or wrong: sizes of another resolution, or an offset of -1000 that was already subtracted.
 The header wins over the metadata, and the pixels win over both. Every mismatch becomes a sentence for the plan and the
@@ -128,7 +128,7 @@ class AssetProbe:
 
 @dataclass(frozen=True)
 class SceneProbe:
-    """What the files of one scene say.
+    """The facts that the files of one scene state.
 
     Attributes:
         assets: The header of each file, by band.

@@ -47,7 +47,7 @@ PLAN_KEY = "_terrashard/plan.json"
 
 
 def kept_plan(url: str | os.PathLike[str]) -> Plan:
-    """Return the plan that made a cube, with which it is repaired or continued.
+    """Return the plan that made a cube; repairs and later runs begin from it.
 
     Raises:
         NotACube: There is no cube at `url`.

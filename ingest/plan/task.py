@@ -281,7 +281,7 @@ class Recipe:
         return _canonical(self.rules())
 
     def rules(self) -> dict[str, Any]:
-        """Return all settings that determine pixels, besides region and sources; the time axis determines none."""
+        """Return all settings that determine pixels, except region and sources; the time axis is not among them."""
         spec = {name: value for name, value in self.spec.to_dict().items() if name != "times"}
         rules = {
             "version": self.version,

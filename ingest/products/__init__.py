@@ -1,1 +1,1 @@
-"""What a finished map becomes in other programs: polygons, tiles of web maps, descriptions for catalogues."""
+"""Export of a finished map: polygons, and tiles of web maps."""

@@ -75,7 +75,7 @@ def find_asset_file(href: str, access: Access, *, fresh: bool, keep: bool = Fals
     Args:
         href: Absolute URL (http, https, s3) or absolute local path.
         access: Limits and retries.
-        fresh: Whether to ask the server again for a head that is cached.
+        fresh: Whether to request the head again although it is cached.
         keep: Whether to keep what is fetched of a remote file, for a later use of the file.
 
     Raises:

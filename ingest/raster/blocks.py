@@ -48,11 +48,11 @@ _FAULTS = (RuntimeError, ValueError)
 
 
 class DamagedBlockError(RasterioError):  # type: ignore[misc]  # rasterio is untyped
-    """A block whose bytes are not what the file's header promises."""
+    """The bytes of a block differ from what the header of the file states."""
 
 
 class ContradictionError(RasterioError):  # type: ignore[misc]
-    """A file whose tags state something else than GDAL reads."""
+    """The tags of a file state something other than what GDAL reads."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ class Packing:
 
 
 class BlockReader:
-    """Reads windows of the one band of a TIFF.
+    """Reader of windows of the one band of a TIFF.
 
     Args:
         packing: Packing of the blocks.

@@ -46,7 +46,7 @@ _DEFAULT_BLOCK_PX = 512
 
 
 class CogWriter:
-    """Writes one COG: write blocks in any order, then leave the `with` block.
+    """Writer of one COG: write blocks in any order, then leave the `with` block.
 
     Pixels that are never written hold `nodata` (0 without one). After an exception no file remains.
 
@@ -343,7 +343,7 @@ _WRITE_ERRORS = (rasterio.errors.RasterioError, CPLE_BaseError, OSError, SystemE
 
 
 class _disk_errors:
-    """Turns GDAL's write errors into errors of this project; GDAL itself does not say that a disk is full.
+    """Context that turns write errors of GDAL into errors of this project; GDAL does not say that a disk is full.
 
     Args:
         path: The target, for messages.

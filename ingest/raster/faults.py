@@ -1,4 +1,4 @@
-"""Which exceptions are faults of a file, and which are defects of this package.
+"""Distinguish exceptions that are faults of a file from those that are defects of this package.
 
 GDAL, PROJ and the decoders raise many types for a damaged file: errors of rasterio, errors of GDAL that rasterio passes
 on unchanged (`CPLE_AppDefinedError`, which is no `RasterioError`), plain ValueErrors and OverflowErrors. All of them

@@ -84,7 +84,7 @@ def _caught_warnings() -> Iterator[list[str]]:
 
 
 class _Listener(logging.Filter):
-    """Collects what rasterio logs for GDAL; rasterio passes warnings on in no other way."""
+    """Collector of what rasterio logs for GDAL; rasterio passes warnings on in no other way."""
 
     def __init__(self, quiet: bool) -> None:
         super().__init__()

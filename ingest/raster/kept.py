@@ -53,7 +53,7 @@ class KeptPixels:
 
 @dataclass(frozen=True)
 class KnownFile:
-    """What one process knows of a file, in a form that another process can use.
+    """The knowledge of one process about a file, in a form that another process can use.
 
     Attributes:
         href: Address of the file.
@@ -211,5 +211,5 @@ class KeptBytes:
 
 @functools.lru_cache(maxsize=2)
 def kept_bytes(pid: int) -> KeptBytes:
-    """Return what this process keeps; `pid` is the key of the cache, as a fork must not share its lock."""
+    """Return the kept bytes of this process; `pid` is the key of the cache, as a fork must not share its lock."""
     return KeptBytes()

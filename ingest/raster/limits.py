@@ -23,7 +23,7 @@ class Access:
     Attributes:
         attempts: Number of attempts to open and read an asset before it counts as unreadable.
         deadline_s: Seconds after which no new attempt begins.
-        backoff_s: Seconds of the first pause. Pauses double up to 16 times that, with jitter; Retry-After is added.
+        backoff_s: Longest first pause, seconds; the bound of later random pauses doubles, up to 16 times this.
         connect_timeout_s: Seconds to wait for the TCP and TLS handshake.
         low_speed_s: Seconds to wait for the headers of an answer; a transfer below 1 kB/s for as long is ended, too.
         max_pixels: Largest number of pixels; a larger raster is refused before anything is decoded.

@@ -159,7 +159,7 @@ def reduction_factor(source: Grid, target: Grid) -> int:
 
 
 def reach_margin(source: Grid, target: Grid) -> int:
-    """Return the pixels of the source around those under a target that its resampling may read."""
+    """Return the margin, in source pixels, that resampling may read around the pixels under a target."""
     if source.offset_of(target) is not None or reduction_factor(source, target) > 1:
         return 0
     return _margin(max(axis_ratios(source, target)))

@@ -28,7 +28,7 @@ class WindowReader(Protocol):
 
 
 class StripReader:
-    """Reads rows of some columns of a raster; the rows that are asked for may only move down.
+    """Reader of rows of some columns of a raster; the requested rows may only move down.
 
     Args:
         read: Function that reads a window (row, col, height, width), straight `into` an array where its type allows.

@@ -38,7 +38,7 @@ _MOST_NEGATIVE = 0.5
 
 @dataclass(frozen=True)
 class Stated:
-    """What a file states of its numbers: number · scale + offset is the physical value.
+    """The statement of a file about its numbers: number · scale + offset is the physical value.
 
     Attributes:
         scale: Scale; 1.0 where the file states none.

@@ -1,1 +1,1 @@
-"""What a user asks for: settings, query, region and products."""
+"""The request of a user: settings, query, region and products."""

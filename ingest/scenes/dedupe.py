@@ -38,7 +38,7 @@ class Duplicate(NamedTuple):
 
 
 def scene_order(scene: Scene) -> tuple[str, str, str, str]:
-    """Sort key of scenes: collection, time, tile, id."""
+    """Return the sort key of a scene: collection, time, tile, id."""
     return (scene.collection, scene.datetime, scene.tile or "", scene.id)
 
 

@@ -74,7 +74,7 @@ class _Adapter(HTTPAdapter):
 
 
 class Documents:
-    """Reads the JSON documents of one SOURCE.
+    """Reader of the JSON documents of one SOURCE.
 
     Credentials (userinfo in SOURCE, `headers`) are sent to SOURCE's own scheme, host and port and nowhere else.
 

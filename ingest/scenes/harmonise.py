@@ -280,8 +280,8 @@ def _hrefs(assets: Mapping[str, Any]) -> list[str]:
 def _unit_of_offset(offset: float, scale: float | None, product_scale: float) -> float:
     """Return the divisor that turns a stated offset into digital numbers of a cube.
 
-    It is a reflectance, also where the numbers of the file have another scale than the product; without a scale, or
-    beside one of 1, it is a digital number already, unless it is smaller than one.
+    A stated offset is a reflectance, also if the numbers of the file have another scale than the product. Without a
+    scale, or with a scale of 1, an offset of at least 1 is in digital numbers already.
     """
     return 1.0 if scale in (None, 1.0) and abs(offset) >= 1.0 else product_scale
 

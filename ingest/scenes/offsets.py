@@ -76,7 +76,7 @@ _DARKEST, _BRIGHTEST = 0.001, 1.6
 
 @dataclass(frozen=True)
 class OffsetReading:
-    """What the pixels of the bluest band say.
+    """The evidence of the pixels of the bluest band on the offset.
 
     Attributes:
         state: "raised" by 1000, "subtracted" (or never raised), or "unclear".

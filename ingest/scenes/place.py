@@ -35,7 +35,7 @@ _TILE_MARGIN = 2.0
 
 
 class Place(NamedTuple):
-    """Where an item lies, in lon/lat.
+    """The place of an item, in lon/lat.
 
     Attributes:
         footprint: The footprint.

@@ -1,7 +1,7 @@
 """`Witness`: one statement about the -1000 offset of a scene, by a flag, by metadata, or by a name of a baseline.
 
-No single property decides. Every field that says something is kept with its weight, so that a person can see later on
-what the offset was decided.
+No single property decides. Every statement is kept with its weight, so that a person can see later why an offset was
+chosen.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Witness:
 
     Attributes:
         name: Where it stands, such as "s2:processing_baseline" or "raster metadata of the item".
-        says: What it states, such as "05.09" or "true".
+        says: Its text, such as "05.09" or "true".
         dn_offset: What follows for a digital number (0 or -1000); None if nothing follows.
         weight: How much it counts; 0 for a statement that is recorded and not believed.
     """

@@ -35,7 +35,7 @@ Bools = npt.NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class _Look:
-    """What one kind is made of.
+    """The properties of one kind of anomaly.
 
     Attributes:
         value: Number of the kind in tables.

@@ -66,7 +66,7 @@ def make_application(collections: dict[str, Json], items: list[Json], routes: Se
 
 @attr.s
 class MemoryClient(BaseCoreClient):
-    """Answers searches from lists in memory; pages are cut by position, and the token is the next position."""
+    """Back end that answers searches from lists in memory; the token of a page is the next position in the list."""
 
     collections: dict[str, Json] = attr.ib(factory=dict)
     items: list[Json] = attr.ib(factory=list)

@@ -1,1 +1,1 @@
-"""Which addresses may be opened, with which keys, and how addresses are logged without secrets."""
+"""Trust: the addresses that may be opened, the keys for them, and logs without secrets."""

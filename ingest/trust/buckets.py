@@ -30,7 +30,7 @@ _REGION = "us-east-1"
 
 @dataclass(frozen=True)
 class BucketRule:
-    """How the buckets of one provider are read; `ProviderRule` describes the fields."""
+    """The rules for reading the buckets of one provider; `ProviderRule` describes the fields."""
 
     buckets: tuple[str, ...]
     endpoint: str | None = None

@@ -23,7 +23,7 @@ _DATA = re.compile(r'(<script type="application/json"[^>]*>)(.*?)(</script>)', r
 
 
 class _Redacting(logging.Filter):
-    """Removes secrets from log messages of libraries, also in a process that we did not start, such as a notebook."""
+    """Filter that removes secrets from log messages of libraries, also in a process such as a notebook."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         record.msg, record.args = redact_text(record.getMessage()), ()

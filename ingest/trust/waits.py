@@ -62,7 +62,7 @@ def end_waits() -> None:
 
 
 def allow_waits() -> None:
-    """Allow this process to wait again, for its next command."""
+    """Allow waits in this process again, for its next command."""
     _ended.clear()
 
 

@@ -1,1 +1,1 @@
-"""This room grows, refreshes, repairs and compares existing cubes."""
+"""Grow, refresh, repair and compare existing cubes."""

@@ -46,7 +46,7 @@ class FilesReport:
     Attributes:
         checked: Number of files that were hashed.
         different: Scene, asset and file whose bytes are not what its item states.
-        unread: Files that could not be read now, with the cause.
+        unread: Files that could not be read this time, with the cause.
         unstated: Number of files for which no checksum that can be read is stated.
 
     Example:

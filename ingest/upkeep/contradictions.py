@@ -1,4 +1,4 @@
-"""Options that contradict a cube are refused before anything is searched, also where there would be nothing to do."""
+"""Refuse options that contradict a cube, before anything is searched, even if there would be nothing to do."""
 
 from __future__ import annotations
 

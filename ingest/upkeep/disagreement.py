@@ -1,6 +1,6 @@
 """`name_disagreement` names in what way stored pixels differ from what their sources give: an offset, a scale, a mask.
 
-A number of wrong pixels says little. The kind says what a cube was made without, and so what else of it is wrong.
+The number of wrong pixels explains little. The kind of difference shows which step was left out when the cube was made.
 """
 
 from __future__ import annotations

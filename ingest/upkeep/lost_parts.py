@@ -1,7 +1,7 @@
 """`find_lost_parts` lists scenes of a catalogue that are parts of a datatake of which a cube has only another part.
 
 Earlier releases took two parts of a split datatake for copies of one scene where both state the whole square of the
-tile, and dropped one without a word. The plan of such a cube knows nothing of it, so the catalogue is searched again.
+tile, and dropped one without a message. The plan of such a cube does not name it, so the catalogue is searched again.
 """
 
 from __future__ import annotations

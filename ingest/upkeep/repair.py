@@ -45,7 +45,7 @@ Watch = Callable[[IngestEvent], None]
 
 @dataclass(frozen=True)
 class RepairReport:
-    """What was broken in a cube, and the run that repaired it.
+    """The damage of a cube, and the run that repaired it.
 
     Attributes:
         damage: Stored objects that differed from what was written.
@@ -228,7 +228,7 @@ def verify_sources(
 
 
 def _doubt(asset: SourceAsset, access: Access) -> str | None:
-    """Report what a file states of its numbers that the plan did not know; None if there is nothing."""
+    """Describe what a file states about its numbers and the plan did not know; return None if there is nothing."""
     where = f"scene {asset.scene}, asset {asset.key}"
     if (name := find_mask_beside(asset.href)) is not None:
         return f"{where}: a mask lies beside the file ({name}), which was not applied"

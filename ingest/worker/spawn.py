@@ -1,4 +1,4 @@
-"""Start of worker processes that do not run the user's script again, and leave nothing behind in its environment.
+"""Start worker processes that neither run the user's script again nor change its environment for good.
 
 A process that multiprocessing starts first imports the main module of its parent. With a script that lacks
 `if __name__ == "__main__":`, each worker would search, plan and ingest again. Workers need nothing of that module, as

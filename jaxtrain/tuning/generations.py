@@ -49,7 +49,7 @@ def turn_of(number: int, trials: Sequence[FrozenTrial], members: int, seed: int,
     """Return generation, member and parent of a trial.
 
     Args:
-        number: Its number.
+        number: Number of the trial.
         trials: All trials of the study, by number; those of the generation before must have ended.
         members: Size of the population.
         seed: Seed of the search.
