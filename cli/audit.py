@@ -1,4 +1,4 @@
-"""`terrashard audit` compares a cube with the catalogue of today."""
+"""`terrashard audit` compares a cube with the current catalogue."""
 
 from __future__ import annotations
 

@@ -163,7 +163,7 @@ def audit_cube(
     files: bool = True,
     **settings: Unpack[SearchSettings],
 ) -> AuditReport:
-    """Compare a cube with the catalogue of today: scenes that are missing, superseded, removed or replaced.
+    """Compare a cube with the current catalogue: scenes that are missing, superseded, removed or replaced.
 
     Args:
         cube: The cube.

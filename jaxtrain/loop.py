@@ -135,7 +135,7 @@ def _train(
     # ---- The folder: new, or of this very run. Nothing is written before everything is known to fit.
     earlier = find_card(out)
     if earlier is not None and not CheckpointStore(out / "checkpoints").steps():
-        earlier = None  # nothing was learned, so nothing is lost: the run begins anew, with what is asked for now
+        earlier = None  # nothing was learned, so nothing is lost: the run starts again, with what is asked for now
     if earlier is not None:
         check_same_run(out, earlier, config, resume)
 

@@ -118,6 +118,6 @@ class _Decoded(BackendArray):
             place = (whole[0], *whole[-2:])
             hidden = np.asarray(self._status[place].values) != STATUS_OBSERVED
             np.copyto(values, np.float32(np.nan), where=hidden[:, None] if values.ndim == 4 else hidden)
-            if stored.dtype.kind == "f":  # cubes of before may say that infinity was observed
+            if stored.dtype.kind == "f":  # cubes of earlier releases may mark infinity as observed
                 np.copyto(values, np.float32(np.nan), where=~np.isfinite(values))
         return values[tuple(0 if isinstance(k, int | np.integer) else slice(None) for k in key)]

@@ -171,7 +171,7 @@ class Preempted(TerrashardError):
 
 
 def space_advice(number: int | None) -> str | None:
-    """Return what to do about the number of an error by which no more could be written; None for another error.
+    """Return what to do if no more could be written, by the error number; None for any other error.
 
     >>> space_advice(errno.ENOSPC), space_advice(errno.ENOENT)
     ('free some', None)

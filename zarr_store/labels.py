@@ -114,7 +114,8 @@ class LabelLayer:
         counts: Class name → pixels; of values empty.
         shards: Key of each object of the array → its SHA-256, None where all pixels of it are without a label.
         shape: (height, width) of the cube's grid.
-        moments: Of values: count, mean, std, least and most over the pixels that have one; None in layers of before.
+        moments: Of values: count, mean, std, least and most over the pixels that have one; None in layers of
+            earlier releases.
     """
 
     store: Store

@@ -1,9 +1,9 @@
 """Remove secrets from text: the one redactor of everything that is printed, logged, stored or shown on a page.
 
-Two contracts. `redact_text` takes any text (an error of a library, a log line, the body of an answer) and returns it
-without what could be a credential. `redact_url` takes one URL or path and returns it without userinfo, query and
-fragment. `redact_value` applies the same to JSON values, and `strip_signature` keeps the part of a query that is no
-credential, for addresses that are opened again.
+There are four functions. `redact_text` takes any text (an error of a library, a log line, the body of an answer) and
+returns it without what could be a credential. `redact_url` takes one URL or path and returns it without userinfo, query
+and fragment. `redact_value` applies the rules for text to JSON values, and `strip_signature` keeps the part of a query
+that is not a credential, for addresses that are opened again.
 
 Too much may be hidden, never too little: a word beside "token:" is hidden although it may be harmless. What has no
 mark at all (a bare key without a name beside it) is known only where the environment holds it.

@@ -29,7 +29,7 @@ __all__ = ["ITEM_KEY", "REPOSITORY_MARKER", "Kind", "Pending", "Store", "check_r
 ITEM_KEY = "item.json"
 """Name of the STAC item of a cube or a map; it is no Zarr key."""
 REPOSITORY_MARKER = "_terrashard/store.json"
-"""Name of the file that marks a folder as an Icechunk repository of ours."""
+"""Name of the file that marks a folder as an Icechunk repository of terrashard."""
 
 _ROOM_BYTES = 1 << 20
 """Room that is asked for where a library does not say why it could not write, bytes."""

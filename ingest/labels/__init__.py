@@ -1,1 +1,1 @@
-"""Put rasters and polygons onto a cube as labels, and labelled images into sample stores."""
+"""This folder puts rasters and polygons onto a cube as labels, and images with labels into sample stores."""

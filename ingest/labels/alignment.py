@@ -32,7 +32,7 @@ _MIRRORS = {"as it is": (1, 1), "upside down": (-1, 1), "left to right": (1, -1)
 
 @dataclass(frozen=True)
 class Fit:
-    """Shares of the image's variance that labels explain, as they are and mirrored, and the clearly best of them."""
+    """Shares of the image's variance that labels explain as they are and mirrored, and which is clearly best."""
 
     shares: Mapping[str, float]
     best: str

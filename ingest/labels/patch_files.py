@@ -80,7 +80,7 @@ def list_patches(folder: Path) -> Listing:
 
 
 def list_images(folder: Path) -> tuple[tuple[Listed, ...], tuple[str, ...]]:
-    """List all images below a folder without classes, by their paths in it; also what coordinates.csv names in vain.
+    """List all images below a folder without classes, by path, and the rows of coordinates.csv that match none.
 
     Raises:
         InvalidInput: The path is not a folder, or coordinates.csv is malformed or ambiguous.
@@ -243,7 +243,7 @@ def read_csv(table: Path, columns: Sequence[str]) -> list[tuple[int, dict[str, s
 
 
 def _entries(folder: Path) -> Iterator[Path]:
-    """Yield what is in a folder in order of name; names that begin with a dot are the system's."""
+    """Yield the entries of a folder in order of name, without hidden ones (whose names begin with a dot)."""
     return (path for path in sorted(folder.iterdir()) if not path.name.startswith("."))
 
 
@@ -268,7 +268,7 @@ def _plain(name: str) -> str:
 
 
 def _line(names: Sequence[str], one: str, many: str) -> str:
-    """Count and name what was passed over, in one line; empty where there is nothing."""
+    """Return one line that counts and names what was passed over; empty if there is nothing."""
     if not names:
         return ""
     more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""

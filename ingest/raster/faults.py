@@ -38,7 +38,7 @@ _OPENER_NAME = re.compile(r"/vsiriopener_[0-9a-f]+/[0-9a-f]+/raster(?:\.aux\.xml
 
 
 class PermanentError(Exception):
-    """A fault that the next attempt would meet again, too."""
+    """A fault that every further attempt would meet again."""
 
 
 class UnsupportedError(PermanentError):

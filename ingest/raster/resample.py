@@ -1,9 +1,10 @@
 """Resample one raster to another grid, so that the result never depends on how the grid is cut.
 
-The geometry decides between three ways. A shared lattice is copied (bit-exact). A raster whose pixels hold whole target
-pixels is repeated (exact), if the kernel is "nearest". Everything else is warped by GDAL. The warp always runs over the
-same canonical blocks, which begin at the origin of the CRS and not of the requested window, and always from the same
-source pixels. So every window of the grid has the same bytes, and shards meet without seams.
+The geometry decides between four ways. A shared lattice is copied (bit-exact). A raster whose pixels hold whole target
+pixels is repeated (exact), if the kernel is "nearest". If target pixels hold whole pixels of a raster of digital
+numbers, and the kernel is "average", each becomes their exact mean. Everything else is warped by GDAL. The warp always
+runs over the same canonical blocks, which begin at the origin of the CRS and not of the requested window, and always
+from the same source pixels. So every window of the grid has the same bytes, and shards meet without seams.
 """
 
 from __future__ import annotations
@@ -125,8 +126,9 @@ def place(
         exact_edges: Pixel edges that coincide on the ground are equal numbers for GDAL. False only as cubes of an
             earlier release were made: by rounding, a kernel then may look at pixels beside those under a target pixel.
         exact_means: Where target pixels hold whole source pixels, an average is their exact mean, halves rounded up,
-            and nothing is read beside them. False only as cubes of an earlier release were made: GDAL rounds a half
-            either way, and repeats pixels beside the edge of a raster.
+            and nothing is read beside them. This holds for uint16 with `nodata` 0, and up to 128 pixels along a side.
+            False only as cubes of an earlier release were made: GDAL rounds a half either way, and repeats pixels
+            beside the edge of a raster.
         block_rows: Rows of a block of the file: windows that are read one after the other end there.
 
     Returns:

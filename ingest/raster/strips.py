@@ -1,6 +1,6 @@
 """`StripReader` reads a raster from top to bottom, so that each of its blocks is decoded once.
 
-Windows that are needed one after the other overlap, or end within a block. A reader that began anew for each would
+Windows that are needed one after the other overlap, or end within a block. A reader that began again for each would
 decode the blocks at their edges two or four times.
 """
 

@@ -45,7 +45,7 @@ def choose_asset(band: BandRule, assets: Mapping[str, Any]) -> AssetChoice | Non
 
 
 def _purpose(asset: Mapping[str, Any]) -> tuple[bool, bool, int, int]:
-    """Rank of what an asset is for: pictures last, before them what is no raster; the others by role and media type."""
+    """Rank an asset by its purpose: pictures last, before them what is not a raster, else by role and media type."""
     use, media = _use(asset), _media(asset)
     return (use == _PICTURE, media == _NO_RASTER, use, media)
 

@@ -45,7 +45,7 @@ class BandRule:
 
 @dataclass(frozen=True)
 class ProductRule:
-    """The rules of one product, whoever serves it.
+    """The rules of one product, the same for all its providers.
 
     Attributes:
         name: Name of the cube's group where the catalogue gives no collection id.
@@ -165,7 +165,7 @@ PRODUCTS: tuple[ProductRule, ...] = (
 
 
 def find_product(item: Mapping[str, Any], collection: str | None = None) -> ProductRule | None:
-    """Find the product of an item by its collection id, else by its properties; None if it is not a product of ours."""
+    """Find the product of an item by its collection id, else by its properties; None if it is not supported."""
     name = collection or item.get("collection")
     for rule in PRODUCTS:
         if name in rule.collections:

@@ -1,1 +1,1 @@
-"""This room runs a plan on a Dask cluster, shard by shard."""
+"""This folder runs a plan shard by shard, in threads of this process or on a Dask cluster."""

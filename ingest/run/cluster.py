@@ -231,7 +231,7 @@ def _local(config: IngestConfig, workers: int, dashboard: str, security: Securit
             security=security,
             protocol="tls://" if security is not None else "tcp://",
         )  # type: ignore[no-untyped-call]
-    except (AssertionError, TimeoutError) as error:  # Dask's nanny stumbles over a process that it gives up
+    except (AssertionError, TimeoutError) as error:  # Dask's nanny fails on a process that it gives up
         raise AccessError(
             f"the {workers} worker processes of this run did not start within {_DEATH_S} s; repeat the command when "
             "this machine is less busy, or with fewer --workers"

@@ -1,4 +1,4 @@
-"""`run` makes the cube of a plan: one Dask task per shard fills and writes the shard and its ledger row.
+"""`run` makes the cube of a plan: each shard is filled and written by one task, and then its ledger row.
 
 The ledger is the only memory of a run. A shard whose row says done under the same key is skipped, so a run that was
 killed, interrupted or partly failed continues where it stopped, and a finished one finds nothing to do. A complete
@@ -54,7 +54,7 @@ def run(
     record: RunRecord | None = None,
     typed: str = "",
 ) -> IngestReport:
-    """Make the cube of a plan, or those of its shards that are not there yet.
+    """Make the cube of a plan, or the shards that it still lacks.
 
     Args:
         plan: The plan of the cube.

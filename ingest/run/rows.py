@@ -64,7 +64,7 @@ def take_error(error: BaseException, task: ShardTask, job: Job, tally: Tally, *,
 
 def note_state(tally: Tally, task: ShardTask, row: LedgerRow, job: Job) -> None:
     """Bring the state of a shard that has ended into the tally."""
-    # a complete shard that could not be made anew stays complete: then the ledger has another row
+    # a complete shard that could not be made again stays complete: then the ledger has another row
     kept = row if row.state != "failed" else Ledger(open_store(job.url), task.collection).get_stored(task.index)
     if kept is not None:
         tally.states[task.collection].put(kept.index, kept.region, kept.key, kept.state)

@@ -29,7 +29,7 @@ __all__ = ["Place", "mirrored_footprint", "place_of"]
 _BANDS = "CDEFGHJKLMNPQRSTUVWX"
 """Latitude bands of MGRS, from 80° south, each 8° high but for the last."""
 _BBOX = "its bbox"
-"""Name of the weakest witness, which is often made of the geometry."""
+"""Name of the weakest evidence, a box that is often made from the geometry."""
 _TILE_MARGIN = 2.0
 """Distance in degrees that a tile may reach out of the zone and band that it is named after."""
 

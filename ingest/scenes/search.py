@@ -83,7 +83,7 @@ def find_scenes(source: str, config: IngestConfig, *, headers: Mapping[str, str]
     for entry in find_items(source, config, headers=headers, undecided=None if config.running.strict else undecided):
         if not config.selection.collections and (reason := _unsupported(entry.item)):
             unsupported = unsupported or reason
-            if not entry.item.get("collection"):  # items of other collections are passed over, this may be one of ours
+            if not entry.item.get("collection"):  # those of other collections are passed over; this may be a wanted one
                 unusable.append(_unusable(entry.item, reason))
             continue
         try:

@@ -57,7 +57,7 @@ def baseline_has_offset(baseline: str | None) -> bool | None:
 
 
 def support_of(witnesses: Iterable[Witness], dn_offset: int) -> int:
-    """Return the weight of the witnesses for an offset, less the weight of those against it.
+    """Return the weight of the evidence for an offset, less the weight of the evidence against it.
 
     >>> support_of([Witness("flag", "true", 0, 1), Witness("title", "05.09", -1000, 3)], -1000)
     2

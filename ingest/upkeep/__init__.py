@@ -1,1 +1,1 @@
-"""Grow, refresh, repair and compare existing cubes."""
+"""This folder grows, refreshes, repairs and compares existing cubes."""

@@ -1,4 +1,4 @@
-"""`audit` compares a cube with the catalogue of today: which scenes are missing, superseded, replaced or removed."""
+"""`audit` compares a cube with the current catalogue: which scenes are missing, superseded, replaced or removed."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _AT_ONCE = 8
 _SAME_MOMENT_S = 90
 """Largest difference in seconds between copies of a granule, as in `ingest.scenes.dedupe`."""
 _OTHER_DATE_S = 12 * 3600
-"""Smallest difference in seconds that makes a scene of the same id another one, and no item whose time was mended."""
+"""Smallest difference in seconds that makes a scene of the same id another one, and not one with a corrected time."""
 _SAME_GROUND = 0.6
 """Smallest overlap of the footprints of copies, as in `ingest.scenes.dedupe`; halves of a datatake share less."""
 
@@ -76,7 +76,7 @@ class AuditReport:
 
     @property
     def exit_code(self) -> int:
-        """0 where an ingest of today would make the same cube, else 3."""
+        """0 if an ingest now would make the same cube, else 3."""
         return 3 if self.missing or self.superseded or self.removed or self.replaced else 0
 
     def to_dict(self) -> dict[str, Any]:

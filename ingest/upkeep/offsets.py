@@ -21,7 +21,7 @@ from ingest.scenes.witnesses import OFFSET_DN, Witness, baseline_has_offset
 __all__ = ["recheck_offset"]
 
 _KEPT = 2
-"""Weight of the baseline in the item table of a cube that keeps no witnesses: nothing says where it came from."""
+"""Weight of the baseline in the item table of a cube that keeps no evidence: nothing states its source."""
 
 
 def recheck_offset(plan: Plan, collection: str, planned: PlannedScene, access: Access) -> str | None:

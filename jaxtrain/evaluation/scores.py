@@ -316,7 +316,7 @@ def evaluate(
     """Evaluate the best or newest checkpoint of a run on one part of its data, or on all of other data.
 
     The scores of the run's own data are also written to RUN/evaluation.json; those of another part than the test, and
-    of other data, to a file of their own beside it. RUN/report.html is made anew and shows all of them.
+    of other data, to a file of their own beside it. RUN/report.html is made again and shows all of them.
 
     Args:
         run: The run directory.

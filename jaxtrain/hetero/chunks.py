@@ -52,7 +52,7 @@ class ChunkPrograms:
     jitted_apply: Any
 
     def zeros(self) -> jax.Array:
-        """Return the first buffer of the sum; a step that begins anew overwrites it."""
+        """Return the first buffer of the sum; a step that starts again overwrites it."""
         made: jax.Array = jax.device_put(np.zeros(self.size, np.float32), replicated(self.program.mesh))
         return made
 

@@ -16,7 +16,7 @@ _MOST_RETRIES = 3
 
 
 class Complaints:
-    """Reports of members about lost connections with other members."""
+    """Reports of members that their connections to others broke."""
 
     def __init__(self) -> None:
         self._said: list[tuple[frozenset[int], float]] = []
@@ -27,15 +27,15 @@ class Complaints:
         self._said.append((frozenset({number, other}), now))
 
     def forget(self, number: int) -> None:
-        """Forget what concerns a member that has gone."""
+        """Remove the reports about a member that has left."""
         self._said = [found for found in self._said if number not in found[0]]
 
     def clear(self) -> None:
-        """Forget all reports, as connections are made anew."""
+        """Remove all reports, as all connections are opened again."""
         self._said = []
 
     def forget_retries(self) -> None:
-        """Begin to count attempts anew, with a new step."""
+        """Reset the counts of attempts, for a new step."""
         self._retries.clear()
 
     def due(self, seats: Mapping[int, Seat], now: float) -> Iterator[tuple[Seat, Seat, bool]]:

@@ -24,7 +24,7 @@ __all__ = ["Exchange"]
 
 
 class Exchange:
-    """The step under way, as one member takes part in it.
+    """One member's part in the current step.
 
     Args:
         number: Number of this member.
@@ -50,7 +50,7 @@ class Exchange:
         self.chunks: tuple[int, ...] = ()
 
     def begin(self, message: Mapping[str, Any]) -> None:
-        """Begin the step of a message."""
+        """Begin the step that a message names."""
         self._roll.take(message)
         self._take_attempt(message)
 
@@ -78,7 +78,7 @@ class Exchange:
             raise InvalidInput(f"expected chunks {self.chunks}, each once, got {contribution.chunks}")
 
     def _hear(self, message: Mapping[str, Any]) -> None:
-        """Process the message that the current step is attempted again with other members."""
+        """Take over a new attempt of the current step, with other members."""
         if message["kind"] == "again" and message["step"] == self.step:
             self._roll.take(message)
             self._peers.reconnect()
@@ -143,7 +143,7 @@ class Exchange:
         return summing
 
     def _post_round(self) -> Round:
-        """Make memory for the blocks of this attempt and let them in."""
+        """Allocate memory for the blocks of this attempt and accept them."""
         assert self._size is not None
         numbers = [peer.number for peer in self._roll.order]
         longest = max(stop - start for start, stop in slice_bounds(self._size, len(numbers)))

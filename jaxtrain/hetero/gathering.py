@@ -25,7 +25,7 @@ class Gathering:
         self.name: str | None = None
 
     def give(self, seat: Seat, name: str, values: dict[str, Any], active: Sequence[Seat]) -> None:
-        """Take the values of a member; the last one completes them for all.
+        """Store the values of a member; the last member's complete them for all.
 
         Raises:
             ValueError: The others gather something else.

@@ -20,7 +20,7 @@ _REMEMBERED = 64
 
 
 class Bulk:
-    """One large value on its way from another member.
+    """One large value that another member is sending.
 
     Args:
         source: Number of the member that sends it.

@@ -74,7 +74,7 @@ class _Sender:
             self._wake.notify()
 
     def purge(self, token: Hashable) -> None:
-        """Remove unsent messages that do not belong to this token."""
+        """Drop unsent messages of other tokens."""
         with self._wake:
             self._queue = deque(message for message in self._queue if message.token == token)
 
@@ -189,14 +189,14 @@ class Peers:
         sender.put(_Message(token, pack(header, len(body)), body))
 
     def purge(self, token: Hashable) -> None:
-        """Forget all messages in the queues that do not belong to a token."""
+        """Drop all queued messages that do not belong to a token."""
         with self._lock:
             senders = list(self._senders.values())
         for sender in senders:
             sender.purge(token)
 
     def reconnect(self) -> None:
-        """Send on new connections from now on: one of those that are there may be broken unnoticed."""
+        """Send over new connections from now on, as a present one may have broken without notice."""
         with self._lock:
             senders = list(self._senders.values())
             self._senders.clear()
@@ -305,7 +305,7 @@ class Peers:
 
 
 def _end(sock: socket.socket | None) -> None:
-    """Wake whoever waits in a socket: nothing more comes, and nothing more can be sent."""
+    """Shut down a socket, which ends every wait in it: nothing more is received or sent."""
     if sock is not None:
         with contextlib.suppress(OSError):
             sock.shutdown(socket.SHUT_RDWR)

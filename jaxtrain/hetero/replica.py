@@ -67,7 +67,7 @@ def expect_group(environment: Mapping[str, str]) -> Group:
 
 @dataclass(frozen=True)
 class Work:
-    """The work of all replicas in one step.
+    """What each replica did in one step.
 
     Attributes:
         shares: Chunks of each replica, by name.

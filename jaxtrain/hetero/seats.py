@@ -91,7 +91,7 @@ class Seat:
         active: Whether it takes part in steps; a newcomer without state does not yet.
         wants_state: Whether it waits for the state.
         donor: Number of the member that sends it the state.
-        given: Time since when the state is on its way.
+        given: Time since which the state is being sent.
         ready: The step that it wants to begin.
         assigned: Its chunks of the current step.
         contributed: What it said about its contribution to the current attempt.

@@ -33,7 +33,7 @@ set aside only for a gain of the second ÷ n, and is tried again the sooner the 
 _TRIAL_COST = 0.02
 """Part of the running time that trials of a member that is set aside may cost."""
 _TRIALS = (20, 1000)
-"""Fewest and most steps between two trials; each trial in vain doubles them."""
+"""Fewest and most steps between two trials; each trial without success doubles them."""
 _TRIAL_STEPS, _HOPELESS = 3, 2.0
 """Steps of a trial, of which the median counts; it ends at once if a chunk takes so many times a step of the others."""
 
@@ -164,7 +164,7 @@ class _Pace:
     trial: int = 0
     """Measurements that are left of the trial under way."""
     failed: int = 0
-    """Trials in vain, one after the other."""
+    """Number of trials without success in a row."""
 
     def observe(self, seconds: float) -> None:
         """Add a measurement; the first of a trial replaces all older ones."""

@@ -56,7 +56,7 @@ CONTROL_BYTES = 8 << 20
 """Most bytes of a header from a member whose secret is proved; a recorded history of shares is the largest."""
 BULK_HEADER_BYTES = 1024
 GREETING_BYTES = 512
-"""Most bytes of a header from whoever has not yet proved the secret."""
+"""Most bytes of a header from a client that has not yet proved the secret."""
 HANDSHAKE_S = 5.0
 """Seconds from the connection to the proof."""
 PREFIX = struct.Struct(">4sIQ")
@@ -70,7 +70,7 @@ SHAPE_ERRORS = (KeyError, TypeError, ValueError, IndexError, AttributeError)
 
 
 class BadMessage(ConnectionError):
-    """Received bytes are not a message of this protocol, or exceed its bound."""
+    """A message that has another form than expected, or exceeds its bound."""
 
 
 class WrongSecret(ConnectionError):

@@ -171,7 +171,7 @@ class Making:
         return found
 
     def carry_over(self, old: Map, dates: Sequence[str]) -> None:
-        """Take the dates of a finished map over, whose files are linked and not copied where that is possible.
+        """Add the dates of a finished map, whose files are linked if possible and else copied.
 
         Args:
             old: A map of each date.

@@ -80,7 +80,7 @@ def _nodes(overviews: zarr.Group) -> list[str]:
 def _list_in_root(store: FolderStore, nodes: Sequence[str], levels: Sequence[Level]) -> None:
     """Name the levels in the root of a map, and copy their metadata into the root's copy of all metadata.
 
-    zarr-python could make that copy anew, but it stumbles over the folder of the ledger.
+    zarr-python could make that copy itself, but it fails at the folder of the ledger.
     """
     document = load_json(store.read("zarr.json") or b"{}", store.where("zarr.json"))
     document["attributes"] |= json.loads(json.dumps(multiscales(levels, document["attributes"])))

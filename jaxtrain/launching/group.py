@@ -1,4 +1,4 @@
-"""`hold_group` holds the coordinator of a group of replicas; `find_address` finds that of another launcher.
+"""`hold_group` holds the coordinator of a group of replicas; `find_group_point` finds that of another launcher.
 
 The address and the secret of the group are in a file beside the run directory that only its owner can read. So whoever
 may write into the run may also join it, from any machine that sees the file. The file ends with the launcher.

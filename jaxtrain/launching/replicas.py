@@ -1,7 +1,7 @@
 """`launch_replicas` runs replicas that may join and leave: one that dies does not end the others.
 
 Each place has at most one process at a time. A process that dies is replaced after a pause that grows, a bounded number
-of times; one that had worked for a minute starts the count anew. A place that cannot be reached is tried again for as
+of times; one that had worked for a minute resets the count. A place that cannot be reached is tried again for as
 long as others work: a host may come back hours later. The run ends when a process reports that it is done,
 when it is asked to, or when fewer processes are left than it needs.
 """

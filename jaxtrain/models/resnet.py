@@ -1,4 +1,4 @@
-"""Residual networks with one prediction for each image (He et al. 2016, arXiv:1512.03385), of 18, 34 or 50 layers.
+"""Residual networks with one prediction for each image (He et al. 2016, arXiv:1512.03385), of 10, 18, 34 or 50 layers.
 
 Differences from the paper, each for a reason: the stem has no norm and the skips pass their input on unnormalised, so
 that the level of an image, which is evidence in reflectances, reaches the last layer under any norm; the pool of the

@@ -1,4 +1,4 @@
-"""Placement of arrays on devices: the mesh, the table of rules, and the collectives of the compiled program."""
+"""Devices and how arrays lie on them: processes, meshes, sharding rules, split images, and stages of a pipeline."""
 
 from __future__ import annotations
 

@@ -124,7 +124,7 @@ def this_machine(devices: int, *, processes: int = 1, again: bool = False) -> Pr
     Args:
         devices: devices into which a processor is split.
         processes: Processes among which the devices are divided.
-        again: Measure anew.
+        again: Measure again.
 
     Raises:
         TerrashardError: the measurement failed.

@@ -35,7 +35,7 @@ SECONDS = 1800
 
 
 def measure_rows(survey: Survey, *, most: int = MOST_MEASURED) -> Survey:
-    """Run the quickest strategies that fit on this machine, in turns; return the survey with what was measured.
+    """Run the quickest strategies that fit on this machine by turns; return the survey with what was measured.
 
     With them, probes measure what computing costs without exchange, and what the exchange of the gradient costs after
     it. The ratios to their predictions are what the profile does not know, and correct all strategies.

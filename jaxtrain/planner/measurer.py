@@ -178,7 +178,7 @@ def random_batch(shapes: Mapping[str, Any], classes: int) -> dict[str, np.ndarra
 
 
 def measure(requests: list[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Run strategies in turns; return the median seconds of a step of each, and all measured, or why it cannot be.
+    """Run strategies by turns; return the median seconds of a step of each, and all measured, or why it cannot be.
 
     Args:
         requests: `config` of the run, `card` of its data, `dtypes` of its batches; `copies` of the program of one

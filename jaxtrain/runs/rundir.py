@@ -281,7 +281,7 @@ def write_run(run: Path, card: ModelCard) -> None:
 def program_of(card: ModelCard, config: TrainConfig, devices: Sequence[Any] | None = None) -> Program:
     """Build the program of a card on the mesh of `config`, over the first of all devices or of those given."""
     if config.placement.kind == "branches" and card.modalities:
-        # a wrong name is told before a lack of devices, which costs more to mend
+        # a wrong name is reported before a lack of devices, which takes more work to correct
         check_groups(config.placement.groups, [one.name for one in card.modalities])
     return build_program(
         config,

@@ -85,7 +85,7 @@ def assign_rows(
         if here < _PIECE:
             piece = np.pad(piece, ((0, 0), (0, _PIECE - here)))
         given = jax.device_put(piece, place)
-        # apart, because one program would compute labels anew in each loop that reads them
+        # apart, because one program would compute labels again in each loop that reads them
         labelled = _label(given, np.int32(here), *fixed, final=final)
         pending.append((here, labelled[3:], _sum(*labelled[:3], given, fixed[0], count=padded, final=final)))
     sums, inertia = np.zeros((k, size + 1 + (2 * len(values) if final else 0))), 0.0

@@ -132,7 +132,7 @@ class NetworkReader:
 
     def _run(self, image: npt.NDArray[Any], observed: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
         devices = jax.local_devices()
-        if devices[0].platform == "cpu":  # devices of a processor share its cores, and each would compile anew
+        if devices[0].platform == "cpu":  # devices of a processor share its cores, and each would compile again
             devices = devices[:1]
         number = next(self._turn) % len(devices)
         place = devices[number]

@@ -1,4 +1,4 @@
-"""Open a cube, a sample store or the vectors of `terrashard embed` as a `Table`; only this module looks at the kind."""
+"""Open a cube, a sample store or the vectors of `terrashard embed` as a `Table`."""
 
 from __future__ import annotations
 

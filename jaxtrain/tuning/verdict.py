@@ -1,4 +1,4 @@
-"""`settle` trains the best trial and the defaults anew, with several seeds, and compares their test scores.
+"""`settle` trains the best trial and the defaults again, with several seeds, and compares their test scores.
 
 A search takes the best of many validation scores, so that a lucky trial wins. The test part was not used by any trial.
 """
