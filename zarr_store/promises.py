@@ -140,10 +140,7 @@ def check_promises(
         "chunk": box(spec.layout.chunk),
         "zarr_format": 3,
     }
-    # while a cube grows, its arrays are already longer than its collection states
-    steps, expected_steps = found["shape"][:1], expected["shape"][:1]
-    if len(steps) == 1 and isinstance(steps[0], int) and (any_length or steps[0] >= expected_steps[0]):
-        found["shape"] = (*expected_steps, *found["shape"][1:])
+    found["shape"] = _grown(found["shape"], expected["shape"], any_length=any_length)
     wrong = [f"{name} {found[name]}, not {expected[name]}" for name in expected if found[name] != expected[name]]
     if wrong:
         raise IntegrityError(
@@ -161,6 +158,13 @@ def check_promises(
         raise IntegrityError(
             f"{where} is packed with {', '.join(sorted(codecs - _CODECS))}; cubes use {', '.join(sorted(_CODECS))} only"
         )
+
+
+def _grown(found: tuple[Any, ...], expected: tuple[int, ...], *, any_length: bool) -> tuple[Any, ...]:
+    """Return a shape with the dates of the collection, where it may have more: while a cube grows, arrays go first."""
+    if found and isinstance(found[0], int) and (any_length or found[0] >= expected[0]):
+        return (expected[0], *found[1:])
+    return found
 
 
 def check_overview(
@@ -201,10 +205,7 @@ def check_overview(
             f"{where}: unreadable array metadata ({type(error).__name__}: {error}); restore the file, or make the cube "
             "again"
         ) from error
-    if (
-        any_length or found["shape"][:1] >= expected["shape"][:1]
-    ):  # as the arrays, it may be longer while the cube grows
-        found["shape"] = (*expected["shape"][:1], *found["shape"][1:])
+    found["shape"] = _grown(found["shape"], expected["shape"], any_length=any_length)
     wrong = [f"{name} {found[name]}, not {expected[name]}" for name in expected if found[name] != expected[name]]
     size = math.prod(chunk) * np.dtype(main.dtype).itemsize
     if size > MOST_CHUNK_BYTES:

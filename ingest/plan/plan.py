@@ -273,16 +273,17 @@ class Plan:
                 config={name: value for name, value in data["config"].items() if name not in Trust.model_fields},
                 source=data["source"],
             )
+            made, stated = plan.digest, data["digest"]
         except InvalidInput:
             raise
         except (ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError, RecursionError) as error:
             raise InvalidInput(
                 f"{where} cannot be read as a plan ({type(error).__name__}: {error}); plan again"
             ) from error
-        if plan.digest != data["digest"]:
+        if made != stated:
             raise InvalidInput(
-                f"{where} was changed after it was made: its content has digest {plan.digest}, it says "
-                f"{data['digest']}; plan again with the options you want"
+                f"{where} was changed after it was made: its content has digest {made}, it says "
+                f"{stated}; plan again with the options you want"
             )
         return plan
 

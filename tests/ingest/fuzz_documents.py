@@ -122,6 +122,7 @@ class Documents:
 
     def _add_cube(self) -> None:
         from ingest.plan.plan import Plan
+        from ingest.plan.stored import PLAN_KEY, kept_plan
         from ingest.run.loop import run
         from zarr_store.read import open_cube
 
@@ -148,9 +149,18 @@ class Documents:
                     cube.tensorstore(name, array.name)
             return cube
 
+        def look_from_afar(_: Path) -> object:
+            cube = open_cube(self.folder / "cube.zarr")
+            return [cube.overview(name) for name in cube.collections]
+
+        def look_at_plan(_: Path) -> object:
+            return kept_plan(self.folder / "cube.zarr")
+
         for path in sorted(made.rglob("*.json")):
             if path.name != "lock.json":
-                self._add(f"cube.zarr/{path.relative_to(made)}", path.read_bytes(), look)
+                key = str(path.relative_to(made))
+                reader = look_from_afar if key.startswith("overview/") else look_at_plan if key == PLAN_KEY else look
+                self._add(f"cube.zarr/{key}", path.read_bytes(), reader)
 
 
 def _changed_tree(rng: random.Random, data: bytes) -> bytes:

@@ -57,6 +57,14 @@ def test_an_array_that_is_not_laid_out_as_its_collection_says_is_not_opened(
         open_cube(cube_path).dataset(NAME)
 
 
+@pytest.mark.parametrize("shape", [[[], 2, 5, 8], [None, 2, 5, 8], ["2", 2, 5, 8], [], [2.5, 2, 5, 8]])
+@pytest.mark.parametrize("group", [NAME, f"overview/{NAME}"])
+def test_a_number_of_dates_that_is_no_number_is_refused(cube_path: Path, group: str, shape: list[Any]) -> None:
+    edit(cube_path / group / "reflectance" / "zarr.json", lambda a: a.update(shape=shape))
+    with pytest.raises(IntegrityError, match="shape"):
+        open_cube(cube_path).overview(NAME) if group.startswith("overview") else open_cube(cube_path).dataset(NAME)
+
+
 def test_a_cube_whose_parts_agree_on_a_bomb_is_not_opened(
     tmp_path: Path, spec: CubeSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:

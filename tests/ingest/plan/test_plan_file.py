@@ -125,7 +125,20 @@ def with_a_broken_task(text: str) -> str:
     return f'{head} "tasks": [\n  {{"collection": oops}},\n{tail}'
 
 
-@pytest.mark.parametrize("spoil", [edited, cut_in_a_line, cut_between_lines, without_a_scene, with_a_broken_task])
+def with_no_number(text: str) -> str:
+    return text.replace('"step":0', '"step":NaN', 1)
+
+
+def without_its_digest(text: str) -> str:
+    return "".join(line for line in text.splitlines(keepends=True) if not line.startswith(' "digest": '))
+
+
+SPOILT = [
+    edited, cut_in_a_line, cut_between_lines, without_a_scene, with_a_broken_task, with_no_number, without_its_digest,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("spoil", SPOILT)
 def test_a_spoilt_file_is_refused(plan: Plan, spoil: Callable[[str], str]) -> None:
     text = spoil(plan.to_json())
     assert text != plan.to_json()
