@@ -134,7 +134,7 @@ def run_plan(
     Args:
         plan: A plan of `make_plan`, a loaded plan, or the path of a saved one; hrefs of a saved plan are checked first.
         cube: Place of the cube: a folder, or the URL of a bucket.
-        config: How to run; None for the defaults.
+        config: Settings of the run; None for the defaults.
         client: A Dask client. None uses the current one of this process, unless settings ask for a cluster; without
             one, processes of this machine are started and end with the run; a small plan runs in threads of this one.
         overwrite: Replace the cube that is there when the new one is complete.

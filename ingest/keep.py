@@ -200,7 +200,7 @@ def verify_sources(
     Args:
         cube: The cube.
         share: Part of the complete shards to check; the same `seed` draws the same shards as `verify_cube`.
-        seed: Which shards a partial check draws.
+        seed: Seed of the draw of a partial check.
         on_shard: Called with (checked, total) after each shard.
         **settings: Fields of `IngestConfig` for trust.
 
@@ -228,7 +228,7 @@ def verify_files(
     Args:
         cube: The cube.
         share: Part of the written shards whose files are checked.
-        seed: Which shards a partial check draws.
+        seed: Seed of the draw of a partial check.
         on_file: Called with (checked, total) after each file.
         **settings: Fields of `IngestConfig` for trust.
 

@@ -71,7 +71,7 @@ def open_stack(
     Raises:
         NothingFound: No scene matches, or none lies in the region.
         InvalidInput: A setting cannot be used, or the grid's CRS has no EPSG code.
-        AssetUnreadable: When pixels are computed that cannot be read.
+        AssetUnreadable: A pixel that is computed cannot be read.
 
     Example:
         >>> import ingest

@@ -49,7 +49,7 @@ def prepare(
         config: The run.
         data: The open training data.
         earlier: Card of the run that is continued; windows and statistics stay the same.
-        on_unreadable: As of `WindowReader`.
+        on_unreadable: The argument of `WindowReader`.
 
     Raises:
         InvalidInput: The data are not those the run began with, or nothing fits.

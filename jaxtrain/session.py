@@ -200,7 +200,7 @@ class TrainingSession:
         validation: The last validation of this call.
         stopping: Whether the run ends after this step, to be continued later.
         replica: This process in a group of unequal replicas.
-        work: Who did what in the last step.
+        work: What each replica did in the last step.
     """
 
     config: TrainConfig

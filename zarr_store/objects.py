@@ -63,7 +63,7 @@ class ObjectStore(Store):
     """A prefix of a bucket that holds one cube.
 
     Attributes:
-        scheme, bucket, prefix: Of the URL; the prefix has no slash at either end.
+        scheme, bucket, prefix: Parts of the URL; the prefix has no slash at either end.
     """
 
     scheme: str

@@ -54,7 +54,7 @@ class Checked:
     """Images that can be used.
 
     Attributes:
-        images: Those of the common form.
+        images: Images that have the common form.
         form: The form that most images have.
         bad: A line for each image that cannot be used.
         invalid: Number of pixels that the files mark as without data.

@@ -51,7 +51,7 @@ class LabelReport:
         pixels: Number of pixels of the grid.
         classes: Value and number of pixels of each class, by name.
         digest: Digest of the layer.
-        warnings: What a person should look at.
+        warnings: Warnings for the user.
     """
 
     cube: str

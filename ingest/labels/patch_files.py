@@ -46,7 +46,7 @@ class Listing:
 
     Attributes:
         classes: Names, by class index.
-        images: In a fixed order.
+        images: The images, in a fixed order.
         several: Whether an image may have several classes.
         passed_over: One line for each kind of input that is not used, with its number and names.
     """

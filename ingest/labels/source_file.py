@@ -40,7 +40,7 @@ class SourceFile:
         name: Name for messages, without secrets.
         sha256: Digest of its bytes.
         stated: What the STAC item states about its numbers: nodata, scale, offset and unit.
-        where: What the origin of a layer records about the file: file, and url, or item and asset.
+        where: Record of the file for the origin of a layer: file, and url, or item and asset.
     """
 
     path: Path

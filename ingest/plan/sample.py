@@ -77,7 +77,7 @@ def read_sample(dataset: DatasetReader, *, closely: bool = False) -> Sample:
 
     Args:
         dataset: The open file.
-        closely: Never from an overview.
+        closely: Whether to read from the file itself, never from an overview.
     """
     from rasterio.windows import Window
 

@@ -100,7 +100,7 @@ def read_on_grid(
         access: Limits and retries.
         out: Array (height, width) of type `stored` that takes the result; its content is undefined if this raises.
         exact_edges: As for `ingest.raster.resample.place`.
-        exact_means: The same.
+        exact_means: The argument of `ingest.raster.resample.place`.
         overview: Factor of the overview that is read in place of the full image, which must be there; "any" chooses the
             one that suits the target, as a plan does, or the full image. None reads the full image.
         on_version: Function that is called with the version of the file that is read.

@@ -65,9 +65,9 @@ class Job:
         plan: What the cube holds or is to hold.
         url: The cube.
         lock: The cube's lock, which the caller holds for as long as the job runs.
-        config: How to run: workers, memory, scheduler, limit, on_error.
+        config: Settings of the run: workers, memory, scheduler, limit, on_error.
         grow: Whether the plan may have more dates and items than the cube; they are added to the cube first.
-        which: Which of the shards that are not done to make.
+        which: Choice among the shards that are not done.
         again: (collection, index) of shards to make although they count as done.
         typed: SOURCE as the user gave it; its own host may have a private address.
         judge: Whether the plan comes from the cube. Then `config` and `typed` decide which of its files may be opened,

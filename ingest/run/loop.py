@@ -59,7 +59,7 @@ def run(
     Args:
         plan: The plan of the cube.
         cube_url: Where the cube goes; a cube of the same plan is continued.
-        config: How to run: workers, memory, scheduler, limit, on_error. None for the defaults.
+        config: Settings of the run: workers, memory, scheduler, limit, on_error. None for the defaults.
         client: A Dask client to use instead of the cluster of `config`.
         on_event: Called in this thread with the dashboard's address and with every shard that ends.
         record: Filled with what the report on the run needs.

@@ -55,7 +55,7 @@ class IngestReport:
         partial: Rows of shards with a source missing, made now or before.
         skipped: Rows of shards that were done before, without their sources, checksums and statistics.
         failed: Rows of shards that could not be made, with nothing written.
-        errors: Why shards failed, one line each.
+        errors: Reasons why shards failed, one line each.
         pending: Number of shards that were not tried because of a limit.
         pixels_read: Number of pixels that were read from files, over all bands and classes.
         seconds: Wall time of the run.

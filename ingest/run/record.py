@@ -39,7 +39,7 @@ class RunRecord:
     Attributes:
         plan: The plan that was run; for an extension, the merged plan.
         performance: Dask's performance report as one HTML document that loads nothing; None without one.
-        why_none: Why there is no performance report.
+        why_none: Reason why there is no performance report.
         stages: Seconds and bytes of each stage, all workers together.
         workers: Number of workers and of their threads at the end.
         seconds: Wall time of the work on the cluster.

@@ -44,8 +44,8 @@ def take_error(error: BaseException, task: ShardTask, job: Job, tally: Tally, *,
         error: The error.
         task: The task.
         job: The run.
-        tally: What has become of its shards.
-        words: What to say of the error; by itself its type and text.
+        tally: Tally of the shards of the run.
+        words: Text about the error; by default its type and text.
 
     Raises:
         BaseException: `error`, where it ends the run: one of ours, an interrupt, or any with on_error="fail".

@@ -113,7 +113,7 @@ def are_other_strips(
 
     Args:
         left: Start of the datastrip of a scene, as `Scene.datastrip`.
-        right: That of the other scene.
+        right: Start of the datastrip of the other scene.
         same_baseline: Whether both have the same baseline; another baseline may round the start to another second.
         nodata: Share without data that each scene states, in percent; it counts where a datastrip is unknown.
     """

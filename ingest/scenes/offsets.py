@@ -84,7 +84,7 @@ class OffsetReading:
         low: First percentile of the valid DN.
         pixels: Number of valid pixels.
         share_deep: Share of the valid DN in 1…749.
-        weight: How much the state counts against witnesses.
+        weight: Weight of the state against the evidence of the metadata.
         windows: Number of windows at full resolution; 0 for pixels of an overview.
         share_abyssal: Share of the valid DN in 1…499.
     """

@@ -22,9 +22,9 @@ class Witness:
 
     Attributes:
         name: Where it stands, such as "s2:processing_baseline" or "raster metadata of the item".
-        says: Its text, such as "05.09" or "true".
+        says: The statement, such as "05.09" or "true".
         dn_offset: What follows for a digital number (0 or -1000); None if nothing follows.
-        weight: How much it counts; 0 for a statement that is recorded and not believed.
+        weight: Weight of the statement; 0 for one that is recorded and not believed.
     """
 
     name: str

@@ -74,7 +74,7 @@ class Planted:
 
     Attributes:
         number: 1, 2, …, its value in the raster of truth.
-        kind: What it is.
+        kind: Kind of the anomaly.
         x, y: Centre in the CRS of the world.
         length_m, width_m: Size.
         angle: Direction of its length, radians from east.

@@ -59,7 +59,7 @@ class Acquisition:
         platform: "A" or "B".
         orbit: Relative orbit; it fixes the swath edge.
         revolution: Absolute orbit.
-        radiometry: How DN relate to reflectance.
+        radiometry: Relation of DN and reflectance.
         baseline: Processing baseline, e.g. "05.09".
         cloud_share: Share of the sky that clouds should cover.
         sun_elevation: Degrees above the horizon.

@@ -96,7 +96,7 @@ def verify_files(
         url: The cube.
         config: Trust, timeouts and retries.
         share: Part of the written shards whose files are checked; `seed` draws them as `verify_cube` does.
-        seed: Which shards a partial check draws.
+        seed: Seed of the draw of a partial check.
         on_file: Called with (checked, total) after each file.
     """
     cube, plan = open_cube(url), kept_plan(url)

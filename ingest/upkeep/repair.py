@@ -180,7 +180,7 @@ def verify_sources(
         url: The cube.
         config: Trust, timeouts and retries.
         share: Part of the complete shards to check; the same `seed` draws the same shards as `verify_cube`.
-        seed: Which shards a partial check draws.
+        seed: Seed of the draw of a partial check.
         on_shard: Called with (checked, total) after each shard.
     """
     cube = open_cube(url)

@@ -159,7 +159,7 @@ def prepare_cube(
         config: The run.
         cube: The open cube.
         earlier: Card of the run that is continued.
-        on_unreadable: As of `WindowReader`.
+        on_unreadable: The argument of `WindowReader`.
         classes: Classes of all cubes, if there are several.
     """
     data = config.data

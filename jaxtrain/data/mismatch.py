@@ -21,7 +21,7 @@ def refuse_mismatch(what: str, remedy: str, *, insist: bool) -> str:
 
     Args:
         what: The difference, as a clause.
-        remedy: What the user can do.
+        remedy: Advice for the user.
         insist: Whether the user insists.
 
     Raises:

@@ -175,7 +175,7 @@ class TrainingData(Protocol):
         Args:
             config: The run.
             earlier: Card of the run that is continued.
-            on_unreadable: As of `WindowReader`.
+            on_unreadable: The argument of `WindowReader`.
 
         Raises:
             InvalidInput: The data are not those that the run began with, or do not fit the configuration.

@@ -66,7 +66,7 @@ class AreaEstimates:
         """Return the JSON form.
 
         Args:
-            per_unit: What the areas are divided by: 10 000 from square metres to hectares.
+            per_unit: Divisor of the areas: 10 000 from square metres to hectares.
             unit: Unit of the areas, for the names of the keys.
         """
         rows = {}

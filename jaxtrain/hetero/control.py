@@ -173,7 +173,7 @@ def ask_to_join(
     """Connect to the coordinator and ask to join, until there is an answer.
 
     Args:
-        address: Of the coordinator.
+        address: host:port of the coordinator.
         key: The secret.
         make: Makes the application, once the address of this side of the connection is known.
         wait_s: Seconds to wait for a coordinator, and for a name that is still taken.

@@ -28,7 +28,7 @@ class Exchange:
 
     Args:
         number: Number of this member.
-        roll: Who is in the group.
+        roll: The members of the group.
         control: The connection with the coordinator.
         peers: The connections with the others.
         landing: Where their blocks go.

@@ -17,7 +17,7 @@ class Gathering:
         send: Sends a message to the member of a number.
 
     Attributes:
-        name: What is gathered; None for nothing.
+        name: Name of the values that are gathered; None for none.
     """
 
     def __init__(self, send: Callable[[int, Mapping[str, Any]], None]) -> None:

@@ -24,7 +24,7 @@ class Bulk:
 
     Args:
         source: Number of the member that sends it.
-        key: What it is.
+        key: Key of the value.
     """
 
     def __init__(self, source: int, key: str) -> None:

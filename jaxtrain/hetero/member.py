@@ -289,7 +289,7 @@ class Member:
 
         Args:
             name: Names the value; not used before.
-            value: Of the leader; what others give is not looked at.
+            value: The leader's value; the values of other members are ignored.
 
         Raises:
             GroupChanged: A member was lost meanwhile. Nobody got the value; all may repeat the call under another name.

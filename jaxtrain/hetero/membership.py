@@ -56,7 +56,7 @@ class Event:
         kind: `joined`, `left`, `dropped`, `set_aside`, `retried`, `shares`, `refused`, `retry` or `ended`.
         step: The step before which it counts.
         member: Name of the member; empty for `shares` and for a stranger that was refused.
-        reason: Why, in words.
+        reason: The reason in words.
     """
 
     kind: EventKind
@@ -79,7 +79,7 @@ class Assignment:
         members: Names of all members, in the order in which contributions are added.
         leader: Member that writes logs and checkpoints; the one that has been in the group for longest.
         shares: Chunks of each member, by name.
-        events: What has changed since the step before; each event comes once to every member.
+        events: Changes since the step before; each event comes once to every member.
         epoch: Grows by one whenever the members change.
     """
 

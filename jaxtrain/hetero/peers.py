@@ -175,10 +175,10 @@ class Peers:
         """Put a message into the queue of a peer; the body must not change until it is sent.
 
         Args:
-            peer: Who gets it.
-            token: What it belongs to; `purge` forgets messages of other tokens.
+            peer: The receiver.
+            token: Token of the message; `purge` drops messages of other tokens.
             header: Map with a kind.
-            body: At most `BLOCK_BYTES` bytes.
+            body: The body, at most `BLOCK_BYTES` bytes.
         """
         with self._lock:
             if self._closed:

@@ -176,7 +176,7 @@ class Replica:
 
         Args:
             state: The state before the step.
-            assignment: From `steps`.
+            assignment: The assignment, from `steps`.
             key: Random key of the step, the same on all replicas.
         """
         assert self._stream is not None

@@ -86,7 +86,7 @@ class Seat:
 
     Attributes:
         number: Number of the joining; never given twice.
-        application: What the process said about itself.
+        application: The application of the process.
         heard: Time of its last sign of life.
         active: Whether it takes part in steps; a newcomer without state does not yet.
         wants_state: Whether it waits for the state.
@@ -94,9 +94,9 @@ class Seat:
         given: Time since which the state is being sent.
         ready: The step that it wants to begin.
         assigned: Its chunks of the current step.
-        contributed: What it said about its contribution to the current attempt.
+        contributed: The report on its contribution to the current attempt.
         have: Whether it holds the whole sum of the current attempt.
-        values: What it gave to the gathering under way.
+        values: Its values for the current gathering.
     """
 
     number: int

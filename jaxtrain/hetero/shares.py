@@ -145,7 +145,7 @@ class Decision:
 
     Attributes:
         shares: Chunks of each member; 0 for one that is set aside.
-        events: What changed, and why.
+        events: The changes, each with its reason.
     """
 
     shares: dict[str, int]
@@ -236,7 +236,7 @@ class ShareController:
         """Split the chunks of a lost member among the others, in the middle of a step.
 
         Args:
-            chunks: How many there are.
+            chunks: Number of these chunks.
             members: The chunks that each of the others still has to do, in the order of the group. Memory limits do not
                 count: these chunks are computed after the others.
         """

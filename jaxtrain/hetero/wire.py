@@ -222,7 +222,7 @@ class ServerProof:
 
     Args:
         key: The secret as `check_secret` returns it.
-        purpose: What the connection is for; the client must mean the same.
+        purpose: Purpose of the connection; the client must mean the same.
     """
 
     def __init__(self, key: bytes, purpose: str) -> None:

@@ -60,7 +60,7 @@ class Classifier:
     Attributes:
         card: The model.
         step: Step of its checkpoint.
-        warnings: What may limit the answers.
+        warnings: Warnings about limits of the answers.
     """
 
     card: ModelCard

@@ -42,7 +42,7 @@ class EmbeddingResult:
         out: Path of the Zarr group that holds them.
         samples: Number of vectors.
         code: Number of values in each vector.
-        warnings: What may limit the vectors: damaged checkpoints, other ground or resolution.
+        warnings: Warnings about the vectors: damaged checkpoints, other ground or resolution.
 
     Example:
         >>> made = embed("runs/autoencoder", "zagreb.zarr", "more_vectors.zarr")

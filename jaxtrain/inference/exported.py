@@ -95,7 +95,7 @@ def export_model(
     Args:
         run: The run directory.
         folder: Folder of the files; nothing may be there.
-        formats: Which of "safetensors", "stablehlo" and "onnx".
+        formats: The formats: some of "safetensors", "stablehlo" and "onnx".
         batch: Windows of one call.
         side: Side of a window in pixels; None for that of training.
 

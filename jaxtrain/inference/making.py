@@ -130,7 +130,7 @@ class Making:
         Args:
             index: The shard.
             region: Its pixels.
-            key: What it was made of.
+            key: Digest of all that determined the shard.
             counts: Pixels of each class.
             seen: Pixels with data.
             used: Pixels by the modalities that were there, as bits.

@@ -227,7 +227,7 @@ def make_arrays(
     """Write the metadata and axes of a map; its pixels hold no data yet.
 
     Args:
-        store: Where; nothing is there yet.
+        store: Store of the map, in which nothing is yet.
         grid: Grid of the cube.
         classes: Names and colours.
         kind: Its layers.

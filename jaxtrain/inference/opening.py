@@ -65,12 +65,12 @@ class OpenScene:
         index: Counts of its chunks.
         reader: Reads windows.
         program, state, step: The network and the step of its checkpoint.
-        options: What is asked for.
+        options: Options of the map.
         kind: Layers of the map.
         lattice: Places of windows and shards.
         groups: Dates of each map: one group of all, or a group for each date.
         model: Digest of the checkpoint.
-        warnings: What may limit the map.
+        warnings: Warnings about limits of the map.
     """
 
     run: Path

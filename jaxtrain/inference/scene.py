@@ -43,13 +43,13 @@ class MapResult:
     Attributes:
         map: Path of the map.
         shape: (height, width), pixels.
-        dates: Dates that were averaged.
+        dates: Dates of the map: those whose answers it joins, or its dates along an axis `time`.
         pixels: Number of pixels of each class, by class name.
         nodata: Number of pixels without a class or value.
         values: Mean, minimum and maximum of a map of values; None for a map of classes.
         windows: Number of windows that this call predicted, over all dates.
         seconds: Wall time.
-        warnings: What may limit the map: damaged checkpoints, another resolution, absent chunks.
+        warnings: Warnings about the map: damaged checkpoints, another resolution, absent chunks.
         shards_done: Number of shards of the map that are complete.
         shards_total: Number of its shards.
         shards_made: Number of shards that this call made; the others were there.

@@ -24,7 +24,7 @@ def run_model(model: Any, x: Any, *, train: bool, config: ModelConfig) -> jax.Ar
     Args:
         model: A merged module, whose parameters are float32.
         x: Normalised float32 input; of several modalities a dict.
-        train: As of the network.
+        train: The argument `train` of the network.
         config: Gives `precision`.
     """
     logits: jax.Array = model(set_precision(model, x, config), train=train)

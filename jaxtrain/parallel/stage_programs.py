@@ -303,7 +303,7 @@ class SharedPrograms:
         labels: (batch, key) → for each label its microbatches, and its share of the loss; on the last group.
         enter: For each part that takes an image: (batch) → its carry, without training.
         sums: (logits, batch) → the sums of an evaluation, on the last group.
-        answer: Of the objective, on the last group.
+        answer: The answer of the objective, on the last group.
         partial: (gradients, counts of a group) → its row of the numbers that all must know.
         finish: (numbers of all groups, labelled, step) → metrics, scale, finite, step.
         row: A tree with a leading axis of one.

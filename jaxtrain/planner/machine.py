@@ -59,7 +59,7 @@ def run_here(module: str, devices: int, processes: int, *, given: str = "", seco
         devices: Devices of all processes together; a processor is split into as many.
         processes: Number of processes; several meet as those of a run do.
         given: text on the standard input of each.
-        seconds: Time after which they are ended.
+        seconds: Time after which the processes are ended.
 
     Raises:
         TerrashardError: one of them failed; the message is its last line.

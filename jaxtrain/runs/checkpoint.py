@@ -58,7 +58,7 @@ class Restored:
 
     Attributes:
         step: Steps that were done when it was saved.
-        state: In the structure and sharding of the target.
+        state: The state, in the structure and sharding of the target.
         extra: Data position and configuration, saved with the state.
         passed_over: One line for each newer checkpoint that is damaged.
     """

@@ -54,8 +54,8 @@ class AnomalyOptions:
     """Options that determine anomalies, besides the data.
 
     Attributes:
-        method: How rows are scored.
-        collection, bands, time, dates: What to read; see `open_table`.
+        method: Method that scores the rows.
+        collection, bands, time, dates: Selection of the data; see `open_table`.
         usual: Dates of the cube that show what is usual; the method is fitted to them, and so is the threshold. None
             takes those that are scored.
         looks: Equivalent number of looks of radar, for the change of its last date.
@@ -105,9 +105,9 @@ class AnomalyResult:
 
     Attributes:
         out: Folder of the results.
-        method: How rows were scored.
+        method: Method that scored the rows.
         threshold: Score above which a row is flagged.
-        rule: How the threshold was found.
+        rule: Rule that gave the threshold.
         false_alarms: The stated rate.
         flagged: Number of flagged rows.
         pixels: Number of scored rows.
@@ -117,8 +117,8 @@ class AnomalyResult:
         features: The features.
         dates: Dates that were looked at.
         shrinkage: Share of the diagonal in the covariance; nan of a method without one.
-        seconds: Time that it took.
-        warnings: What may limit the result.
+        seconds: Wall time.
+        warnings: Warnings about limits of the result.
     """
 
     out: str
@@ -169,9 +169,9 @@ def find_anomalies(
     Args:
         data: The data.
         out: Folder of the results; it appears when they are complete. An earlier result of this task is replaced.
-        options: How to look.
+        options: Method, selection of the data, threshold and draws.
         run: Run directory of an autoencoder, for the methods "autoencoder" and, of a cube or store, "embedding".
-        workers: Who computes; None takes all cores and devices of this process.
+        workers: Workers that compute; None takes all cores and devices of this process.
         leads: Whether this process writes the results; only one process of a run does.
         finish: Adds files to the folder before it appears; called with the folder and the result.
         on_progress: Called with (step, done, in all).

@@ -61,7 +61,7 @@ def assign_rows(
 
     Args:
         values: (feature, row).
-        scaling: How rows are scaled.
+        scaling: Scaling of the rows.
         centres: (k, scaled).
         device: Number of the device; counted around those there are.
         final: Also give labels, nearness, the farthest row, sums and squares, which iterations do not need.

@@ -84,12 +84,12 @@ def make_background(
     """Make the background of rows with these moments.
 
     Args:
-        moments: Of the rows.
+        moments: Moments of the rows.
         labels: Names of the features, for errors.
         shrinkage: Share of the diagonal, 0 to 1, which replaces as much of the covariance; None estimates it by OAS
             (Chen, Wiesel, Eldar & Hero 2010, doi:10.1109/TSP.2010.2053029) on the correlations.
-        where: What holds the rows, for errors.
-        remedy: How other features are chosen, for errors.
+        where: Name of the data, for errors.
+        remedy: Advice on how to choose other features, for errors.
 
     Raises:
         InvalidInput: The covariance is singular.
@@ -125,7 +125,7 @@ def score_rows(values: npt.NDArray[np.float32], background: Background, *, devic
 
     Args:
         values: The rows.
-        background: What they usually look like.
+        background: Mean and covariance of usual rows.
         device: Number of the device; counted around those there are.
     """
     devices = jax.local_devices()

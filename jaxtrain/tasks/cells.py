@@ -58,7 +58,7 @@ class Cells:
         origin: float64 (feature,): where the axes cross.
         axes: float64 (axis, feature): unit vectors; those that are cut come first.
         centre: float64 (axis,): middle of the grid along all axes.
-        moments: Of all rows.
+        moments: Moments of all rows.
     """
 
     codes: npt.NDArray[np.uint16]
@@ -117,8 +117,8 @@ def assign_cells(
 
     Args:
         values: (feature, row).
-        cells: Of these rows.
-        scaling: How rows are scaled.
+        cells: Cells of these rows.
+        scaling: Scaling of the rows.
         centres: (k, scaled).
         device: Number of the device; counted around those there are.
 

@@ -48,7 +48,7 @@ class ChangeOptions:
     """Options that determine changes, besides the data.
 
     Attributes:
-        collection, bands, time: What to read; see `CubeReader`.
+        collection, bands, time: Selection of the data; see `CubeReader`.
         harmonics: Number of harmonics of the year.
         consecutive: Observations in a row that must deviate.
         probability: Share of usual observations within the limit.
@@ -92,8 +92,8 @@ class ChangeResult:
         years: Number of breaks in each year.
         dates: Number of dates that were read.
         bands: Names of the bands.
-        seconds: Time that it took.
-        warnings: What may limit the result.
+        seconds: Wall time.
+        warnings: Warnings about limits of the result.
     """
 
     out: str
@@ -159,8 +159,8 @@ def find_changes(
     Args:
         cube: A cube of several years.
         out: Folder of the results; it appears when they are complete. An earlier result of this task is replaced.
-        options: How to look.
-        workers: Who computes; None takes all cores and devices of this process.
+        options: Selection of the data, and the model.
+        workers: Workers that compute; None takes all cores and devices of this process.
         leads: Whether this process writes the results; only one process of a run does.
         finish: Adds files to the folder before it appears; called with the folder and the result.
         on_progress: Called with (step, done, in all).

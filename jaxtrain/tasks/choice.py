@@ -35,7 +35,7 @@ class Choice:
         gap: Gap statistic.
         gap_error: Its standard error, with the factor for the simulation.
         suggested: The k to take.
-        reason: Why.
+        reason: Reason for the suggestion.
     """
 
     k: tuple[int, ...]

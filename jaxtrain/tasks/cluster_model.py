@@ -31,8 +31,8 @@ class ClusterModel:
     Attributes:
         kind: Kind of data that it was fitted on.
         features: Its columns, in order.
-        dates: How dates became features.
-        scaling: How rows are scaled.
+        dates: Rule by which dates became features.
+        scaling: Scaling of the rows.
         centres: float64 (k, scaled).
     """
 

@@ -56,7 +56,7 @@ class ClusterOptions:
 
     Attributes:
         k: Numbers of clusters; of several, the suggested one is fitted.
-        collection, bands, time, dates: What to read; see `open_table`.
+        collection, bands, time, dates: Selection of the data; see `open_table`.
         standardise: Divide each feature by its standard deviation.
         components: Cluster this number of principal components; None clusters the features.
         seeding: Rule for the first centres.
@@ -121,10 +121,10 @@ class ClusterResult:
         features: The features.
         pixels: Rows that have a cluster.
         area_m2: Area of each cluster, of a cube.
-        names, colours: Of each cluster.
+        names, colours: Name and colour of each cluster.
         choice: The curves of several k; None for one.
-        seconds: Time that it took.
-        warnings: What may limit the result.
+        seconds: Wall time.
+        warnings: Warnings about limits of the result.
     """
 
     out: str
@@ -171,9 +171,9 @@ def cluster(
     Args:
         data: The data.
         out: Folder of the results; it appears when they are complete. An earlier result of k-means is replaced.
-        options: What to cluster and how.
+        options: Selection of the data, and settings of k-means.
         model: Folder of an earlier result: its clusters label the data, and nothing is fitted.
-        workers: Who computes; None takes all cores and devices of this process.
+        workers: Workers that compute; None takes all cores and devices of this process.
         leads: Whether this process writes the results; only one process of a run does.
         finish: Adds files to the folder before it appears; called with the folder and the result.
         on_progress: Called with (step, done, in all).

@@ -44,8 +44,8 @@ class ComponentsResult:
         variance: Variance along each component.
         ratio: Share of the variance of all features.
         pixels: Rows.
-        seconds: Time that it took.
-        warnings: What may limit the result.
+        seconds: Wall time.
+        warnings: Warnings about limits of the result.
     """
 
     out: str
@@ -100,9 +100,9 @@ def find_components(
         collection: Collection of a cube; None for its first.
         bands: Bands and stored indices; none for all bands.
         time: Dates of a cube; None for all.
-        dates: How dates become features; see `open_table`.
+        dates: Rule by which dates become features; see `open_table`.
         standardise: Divide each feature by its standard deviation first.
-        workers: Who computes; None takes this process.
+        workers: Workers that compute; None takes this process.
         leads: Whether this process writes the results.
         finish: Adds files to the folder before it appears.
         on_progress: Called with (step, done, in all).

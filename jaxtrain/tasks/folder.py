@@ -39,7 +39,7 @@ class TaskFolder:
 
     Attributes:
         path: Folder in which files are made; it becomes `out`.
-        state: What an earlier run of the same request has left; empty if there is none.
+        state: State that an earlier run of the same request left; empty if there is none.
 
     Raises:
         InvalidInput: Something that is not a result of this task is at `out`.

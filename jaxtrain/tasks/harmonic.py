@@ -101,7 +101,7 @@ def detect_breaks(days: npt.NDArray[np.float64], values: F32, model: HarmonicMod
     Args:
         days: (time,) days since any day, ascending.
         values: float32 (time, band, pixel), with NaN where a pixel was not clear.
-        model: How pixels are followed.
+        model: The rules for the model of a pixel.
         device: Number of the device.
     """
     devices = jax.local_devices()

@@ -113,13 +113,13 @@ def seed_centres(
 
     Args:
         table: The rows.
-        scaling: How they are scaled.
+        scaling: Scaling of the rows.
         sample: Scaled rows of the table (row, scaled).
         k: Number of centres.
         rows: Number of rows of the table.
         seed: Seed of the draws.
         seeding: The rule.
-        workers: Who reads the blocks, for k-means‖.
+        workers: Workers that read the blocks, for k-means‖.
 
     Raises:
         InvalidInput: There are fewer than k distinct rows.
@@ -164,10 +164,10 @@ def fit_kmeans(
 
     Args:
         table: The rows.
-        scaling: How they are scaled.
+        scaling: Scaling of the rows.
         start: First centres, or the state of a fit that was stopped.
-        moments: Of the rows, for the scale of the tolerance.
-        workers: Who computes the blocks.
+        moments: Moments of the rows, for the scale of the tolerance.
+        workers: Workers that compute the blocks.
         iterations: Most passes.
         tolerance: Squared shift of all centres at which the fit ends, in mean variances of the scaled features.
         mini_batch: Move the centres after every few blocks, not once in each pass.

@@ -99,7 +99,7 @@ def label_table(
         model: The clusters.
         classes: Their names and colours.
         out: Where the labels go: a map of a cube, or a Zarr group of samples or vectors; None keeps none.
-        workers: Who computes the blocks.
+        workers: Workers that compute the blocks.
         attributes: JSON: what made the labels.
         on_block: Called with (blocks done, blocks in all).
     """

@@ -57,7 +57,7 @@ def score_locally(
 
     Args:
         values: float32 (feature, y, x), with NaN where there is no pixel.
-        background: Of the whole data.
+        background: Background of the whole data.
         inner: Side of the inner square, odd.
         outer: Side of the outer square, odd.
         shrinkage: Share of the global covariance; None for a tenth.

@@ -117,7 +117,7 @@ def principal_components(moments: Moments, count: int, scale: F64 | None = None)
     """Compute principal components from moments.
 
     Args:
-        moments: Of the rows.
+        moments: Moments of the rows.
         count: Number of components.
         scale: Features are divided by it first; None leaves them as they are.
 

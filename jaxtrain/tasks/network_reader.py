@@ -40,7 +40,7 @@ class NetworkReader:
     Args:
         cube: The cube.
         run: Run directory of an autoencoder.
-        shows: What is read.
+        shows: Which of the two is read: residual or code.
         time: Dates, ranges or positions; None for all.
 
     Raises:

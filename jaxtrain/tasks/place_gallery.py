@@ -35,7 +35,7 @@ def write_gallery(folder: Path, table: Table, places: Sequence[Place], title: st
 
     Args:
         folder: Folder of the results.
-        table: What was looked at.
+        table: The data that were scored.
         places: The ranked places.
         title: Title of the page.
     """

@@ -62,7 +62,7 @@ def sample_rows(
         table: The rows.
         count: Number of rows.
         seed: Seed of the draw.
-        workers: Who reads the blocks.
+        workers: Workers that read the blocks.
         choose: Which rows may be drawn, of a table and the numbers of its rows; None for all. It goes to workers.
 
     Returns:

@@ -58,7 +58,7 @@ def make_scaling(
     """Make the scaling of a table.
 
     Args:
-        moments: Of its rows.
+        moments: Moments of the rows of the table.
         standardise: Divide each feature by its standard deviation.
         components: Number of principal components; None keeps the features.
     """

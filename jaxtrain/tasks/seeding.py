@@ -45,7 +45,7 @@ def plus_plus(rows: F64, k: int, rng: np.random.Generator, weights: F64 | None =
         rows: (row, feature), of which at least k are distinct.
         k: Number of centres.
         rng: Source of the draws.
-        weights: How often each row counts.
+        weights: Number of times that each row counts.
     """
     weights = np.ones(len(rows)) if weights is None else weights
     chosen = [_draw(weights, rng.random(1))[0]]
@@ -141,11 +141,11 @@ def seed_parallel(table: Table, scaling: Scaling, k: int, first: F64, seed: int,
 
     Args:
         table: The rows.
-        scaling: How they are scaled.
+        scaling: Scaling of the rows.
         k: Number of centres.
         first: The first candidate, (1, feature), scaled.
         seed: Seed of the draws.
-        workers: Who reads the blocks.
+        workers: Workers that read the blocks.
     """
     ref, candidates = TableRef.of(table), first
     for turn in range(_ROUNDS):

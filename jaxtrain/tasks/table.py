@@ -102,8 +102,8 @@ class Table(Protocol):
         kind: Where the rows come from.
         features: The columns.
         digest: Digest of the data and of what was selected from it.
-        warnings: What may limit results.
-        remedy: How other features are chosen, for errors.
+        warnings: Warnings about limits of results.
+        remedy: Advice on how to choose other features, for errors.
     """
 
     @property

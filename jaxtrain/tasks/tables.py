@@ -208,7 +208,7 @@ def open_table(
         collection: Collection of a cube; None for its first.
         bands: Names of bands, and of indices that the cube holds; none for all bands.
         time: Dates of a cube; None for all.
-        dates: How the dates of a cube become features.
+        dates: Rule by which the dates of a cube become features.
         looks: Equivalent number of looks of radar, for its change.
         run: Run directory of an autoencoder; the features are then what it makes of a cube.
         shows: "residual" for the error of its reconstruction of each band, or "code".

@@ -67,7 +67,7 @@ def work_together(
 
     Args:
         folder: The search.
-        budget: When to end.
+        budget: Limits of the search.
         population: Trials that run as one program; 1 for one after the other, None to measure which is faster.
         name: Name of this process.
         number: Number of this process among the workers.

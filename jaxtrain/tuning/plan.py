@@ -37,8 +37,8 @@ class SearchPlan:
         space: Tables of the space.
         digest: Digest of the training data.
         score: Name of the validation score.
-        sampler: What chooses the values of a trial.
-        pruner: What stops trials early.
+        sampler: Sampler, which chooses the values of a trial.
+        pruner: Pruner, which stops trials early.
         folds: Folds of a cross-validation; 0 for one validation part.
         seed: Seed of the sampler; a trial is trained with the seed of its configuration.
         storage: URL of the database with the study; empty for a journal in the folder.

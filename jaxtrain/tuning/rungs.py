@@ -155,7 +155,7 @@ class RungPruner(optuna.pruners.BasePruner):
     """Pruner that ends a trial at a rung unless it is in the best quarter of the rung.
 
     Args:
-        best_so_far: As of `Rungs`.
+        best_so_far: The attribute of `Rungs`.
     """
 
     def __init__(self, *, best_so_far: bool = True) -> None:

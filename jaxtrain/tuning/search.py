@@ -29,7 +29,7 @@ def begin_search(
         space: TOML file of the space.
         out: Folder of the search.
         score: Validation score; None for that of `run.monitor`, else accuracy or R².
-        sampler: What chooses the values of a trial.
+        sampler: Sampler, which chooses the values of a trial.
         pruner: What stops trials early; None for asha, or for none where the sampler is pbt or gp, which models
             complete trials only.
         folds: Folds of a spatial cross-validation; 0 for the validation part.

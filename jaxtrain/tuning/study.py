@@ -53,7 +53,7 @@ class StudyFolder:
 
     Attributes:
         path: The folder.
-        plan: What determines it.
+        plan: The plan of the search.
     """
 
     path: Path
@@ -120,7 +120,7 @@ class StudyFolder:
         """Open the study of Optuna, or make it.
 
         Args:
-            offset: As of `SearchPlan.make_sampler`.
+            offset: The argument of `SearchPlan.make_sampler`.
 
         Raises:
             InvalidInput: The database cannot be opened, or holds another search under this name.

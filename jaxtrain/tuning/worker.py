@@ -73,7 +73,7 @@ class TrialNews:
     """One trial has begun, ended or failed.
 
     Attributes:
-        number: Of the trial.
+        number: Number of the trial.
         state: "begun", "complete", "pruned", "paused" or "failed".
         value: Its score; None if there is none.
         message: One line.
@@ -100,7 +100,7 @@ def work(
 
     Args:
         folder: The search.
-        budget: When to end.
+        budget: Limits of the search.
         name: Name of this process.
         number: Number of this process among the workers, for draws of its own.
         on_trial: Called when a trial begins and ends.

@@ -42,7 +42,7 @@ def order(folder: StudyFolder, budget: Budget, number: int, start: int = 0, popu
     Args:
         folder: The search, as the worker's machine sees it.
         budget: When to end.
-        number: Of the worker.
+        number: Number of the worker.
         start: How many times it was started before.
         population: Trials that run as one program; None to measure whether that is faster.
     """
