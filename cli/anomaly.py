@@ -113,7 +113,7 @@ def register(app: typer.Typer) -> None:
 
 
 def parse_shrinkage(text: str) -> float | None:
-    """Read "auto" or a share."""
+    """Read a share, or "auto" as None."""
     from zarr_store.errors import InvalidInput
 
     try:

@@ -286,7 +286,7 @@ def _restored_environment() -> Iterator[None]:
 
 
 def _collect_less_often() -> None:
-    """Collect circular garbage after 20,000 new objects, not after 700: importing and tracing make many that stay.
+    """Collect circular garbage after 20,000 new objects, not after hundreds: importing and tracing make many that stay.
 
     Python's own threshold costs a tenth of a short training's time.
     """

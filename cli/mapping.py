@@ -56,7 +56,7 @@ def run_prediction(
     products.check()
     part = _launched_part()
     if part is not None:
-        start_replica()  # this process has its share of the GPUs, and ends with the launcher
+        start_replica()  # this process gets its share of the GPUs, and ends with the launcher
     share_processor(run, options.get("devices"))
     if part is not None and (elsewhere := {name for name, value in (helpers or {}).items() if value is not None}):
         raise InvalidInput(f"`terrashard launch` starts the processes of the map: leave --{elsewhere.pop()} out")

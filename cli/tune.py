@@ -100,7 +100,7 @@ def register(app: typer.Typer) -> None:
             session, what, space=space, out=out, score=score, sampler=sampler, pruner=pruner, folds=folds, seed=seed,
             storage=storage, members=members,
         )  # fmt: skip
-        from jaxtrain.tuning.rungs import count_begun  # open_search has said it if Optuna is not installed
+        from jaxtrain.tuning.rungs import count_begun  # open_search has reported it if Optuna is not installed
         from jaxtrain.tuning.worker import Budget
 
         if show:

@@ -150,7 +150,7 @@ def absent_classes(card: ModelCard) -> list[str]:
 
 
 def _class_weights(config: TrainConfig, statistics: Statistics) -> tuple[float, ...] | None:
-    """Return the inverse square root of frequency, with mean 1 over labelled pixels; an absent class weighs as one."""
+    """Return the inverse square root of frequency, mean 1 over labelled pixels and 1 for an absent class; or None."""
     if config.optim.class_weights == "none":
         return None
     if statistics.value is not None or config.model.name == "autoencoder":

@@ -86,7 +86,7 @@ class RunWriter:
         if self.replica is not None:
             if inherited:
                 _take_lock(self.held, self.out, patience_s=patience_s)
-            if not (self.out / CARD).exists():  # a replica with a disk of its own, to which the writing has come
+            if not (self.out / CARD).exists():  # a replica with a disk of its own that has to write from now on
                 write_run(self.out, self.card)
         if inherited:
             self.store.clear_partial()

@@ -41,7 +41,7 @@ def cut_into_blocks(dataset: xr.Dataset, spec: CubeSpec, blocks: Blocks) -> xr.D
         raise UnknownName.of("kind of blocks", str(blocks), get_args(Blocks))
     t, y, x = spec.layout.shard if blocks == "shards" else spec.layout.chunk
     sizes = {"time": t, "band": -1, "y": y, "x": x}
-    # The pixels under a path change when a cube grows or heals. A cluster may still hold a block of an earlier
+    # The pixels under a path change when a cube grows or is repaired. A cluster may still hold a block of an earlier
     # opening, and must not take it for one of this opening, so no name is used twice.
     opening = uuid.uuid4().hex
     arrays = {

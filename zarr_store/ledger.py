@@ -150,7 +150,7 @@ class Ledger:
         return self.get_stored(index) or self._empty().get(index)
 
     def get_stored(self, index: ShardIndex) -> LedgerRow | None:
-        """Return the row of one shard that has objects of its own, or failed; the list of empty ones is not read."""
+        """Return the row of one shard that has objects or failed, or None; the list of empty shards is not read."""
         data = self._store.read(self._key(index))
         return None if data is None else self._parse(self._key(index), data)
 

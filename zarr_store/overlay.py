@@ -21,7 +21,7 @@ _CHUNK = re.compile(r"(?P<array>.+)/c(/\d+)*")
 async def snapshot_get(
     store: Any, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None
 ) -> Buffer | None:
-    """Read a key of a snapshot; Icechunk 1 raises if the array of the key does not exist.
+    """Read a key of a snapshot, None if it has none; Icechunk 1 raises if the array of the key does not exist.
 
     Raises:
         IntegrityError: Icechunk cannot or may not read it.

@@ -93,7 +93,7 @@ class SafeRecord(logging.LogRecord):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if self.exc_info and self.exc_info[0] is not None:
-            # a formatter takes a text that is there instead of making its own
+            # a formatter uses a text that exists already in place of making its own
             self.exc_text = shown("".join(traceback.format_exception(*self.exc_info)).rstrip("\n"))
 
     def getMessage(self) -> str:

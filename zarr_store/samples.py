@@ -380,7 +380,7 @@ class SampleStore:
         if array is None or not len(numbers):
             return lambda: None
         chosen = [int(i) for i in numbers]
-        # one operation for all of them, straight into the batch: many small ones cost more than decoding
+        # one operation for all of them, directly into the batch: many small ones cost more than decoding
         together = ts.stack([array[i] for i in chosen])
         with ts.Batch() as batch:
             pending = ts.array(into).write(together, batch=batch)

@@ -91,7 +91,7 @@ class _Mean:
     """The tally of the mean: running sums, whose memory does not grow with the number of observations."""
 
     def __init__(self, shape: tuple[int, int, int], dtype: np.dtype[np.generic]) -> None:
-        # uint32 holds 65 537 saturated pixels, and a cube at most 32 767 scenes
+        # uint32 holds the sum of 65 537 saturated pixels: no time step has as many scenes over one pixel
         self.total = np.zeros(shape, np.uint32 if dtype.kind == "u" else np.float64)
         self.count = np.zeros(shape[1:], np.uint16)
 

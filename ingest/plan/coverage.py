@@ -62,7 +62,7 @@ class Coverage:
 
 
 def choose_coverage_band(assets: Mapping[str, AssetRef], mask_layer: str | None) -> str | None:
-    """Choose the band that coverage is measured on: the layer that masks are made from, else the first data band.
+    """Choose the band that coverage is measured on: the layer for masks, else the first data band; None for neither.
 
     Args:
         assets: Assets of a scene, by band.
@@ -138,7 +138,7 @@ def find_window(grid: Grid, config: IngestConfig) -> tuple[int, int, int, int] |
 
 
 def _window(grid: Grid, config: IngestConfig) -> tuple[tuple[int, int, int, int], float] | None:
-    """Return the window (row, col, height, width) of the region in the raster, and the pixels of the whole region."""
+    """Return (window of the region in the raster, number of pixels of the whole region); None if they do not meet."""
     region = region_lonlat(config)
     if region is None:
         return (0, 0, grid.height, grid.width), float(grid.height * grid.width)

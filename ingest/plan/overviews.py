@@ -22,7 +22,7 @@ _MEANS = ("average", "average_bit2grayscale")
 
 
 def overview_of(asset: SourceAsset, recipe: Recipe) -> int | Literal["any"] | None:
-    """Return the overview from which a shard is made, as `read_on_grid` takes it.
+    """Return the overview from which a shard is made, as `read_on_grid` takes it; None for the full image.
 
     A file that could not be opened when the plan was made decides it when it is read.
     """

@@ -211,7 +211,7 @@ class PlanFile:
                 else:
                     raise _OtherLayout
         if part:
-            raise _OtherLayout  # it ends in the middle, which is reported as an error of the whole
+            raise _OtherLayout  # it ends in the middle; reading it as a whole reports that
 
 
 def _skip(stream: BinaryIO, count: int) -> None:

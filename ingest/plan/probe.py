@@ -237,7 +237,7 @@ def _offset_band(scene: Scene) -> str | None:
 
 
 def _coverage_band(scene: Scene) -> str | None:
-    """Return the band whose pixels show how much of the region the scene covers."""
+    """Choose the band whose pixels show how much of the region the scene covers; None if there is none."""
     product = next((rule for rule in PRODUCTS if rule.name == scene.product), None)
     return choose_coverage_band(scene.assets, product.mask_layer if product else None)
 
@@ -314,7 +314,7 @@ def _probe_asset(scene: Scene, asset: AssetRef, *, config: IngestConfig, access:
             access=access,
             keep=True,
         )
-    except (AssetUnreadable, InvalidInput) as error:  # its header is good all the same
+    except (AssetUnreadable, InvalidInput) as error:  # its header can be used nevertheless
         log.warning("%s", error)
         return header
     except Exception as error:  # noqa: BLE001  # one file or scene never ends a plan; --strict raises it

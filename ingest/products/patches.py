@@ -188,7 +188,7 @@ def _merge_small(area: Floats, value: Ints, pairs: Ints, least: float) -> tuple[
     while waiting:
         was, small = heapq.heappop(waiting)
         if into[small] != small or was != size[small] or not border[small]:
-            continue  # it has gone, has grown, or lies alone
+            continue  # it was merged, has grown, or has no neighbour
         target = max(border[small], key=lambda other: (size[other], -other))
         gained = border[small] - border[target]
         absorb(small, target)

@@ -309,7 +309,7 @@ def _classified_faults(asset_file: AssetFile) -> Iterator[None]:
             raise
         if asset_file.content is not None and asset_file.content.error is not None:
             raise asset_file.content.error from error
-        # a local file does not heal between attempts, and neither does a header that was read whole; the bytes of a
+        # a local file does not change between attempts, nor does a header that was read whole; the bytes of a
         # remote file may have been cut off on the way
         retry = asset_file.remote and not isinstance(error, InvalidInput)
         kind = UnsupportedError if isinstance(error, InvalidInput) else TransientError if retry else PermanentError

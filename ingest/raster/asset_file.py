@@ -169,7 +169,7 @@ def find_mask_beside(href: str) -> str | None:
 
 def _find_remote(href: str, access: Access, fresh: bool, keep: bool) -> AssetFile:
     known, kept = head_cache(os.getpid()), kept_bytes(os.getpid())
-    if fresh:  # what was read before may be what the last attempt failed on
+    if fresh:  # the last attempt may have failed on bytes that were kept
         kept.drop(href)
     head = None if fresh else known.get(href) or kept.head(href)
     url = head.url if head is not None else ""

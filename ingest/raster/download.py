@@ -198,7 +198,7 @@ def is_same_version(one: str | None, other: str | None) -> bool:
 def _fetch_once(
     href: str, head: Head, access: Access, pool: urllib3.PoolManager, span: Span, headers: dict[str, str]
 ) -> tuple[str | None, bytes]:
-    """Fetch a span once; returns the version that the server states, and the bytes."""
+    """Fetch a span once; return the version that the server states, or None, and the bytes."""
     start, stop = span
     for renew in (False, True):
         url = _signed(head.url, access, pool, renew=renew)
@@ -341,7 +341,7 @@ def head_cache(pid: int) -> HeadCache:
 
 
 def _version(reply: urllib3.BaseHTTPResponse) -> str | None:
-    """Return the version of a remote file that its server states, which changes when the file is replaced."""
+    """Return the version of a remote file, which changes with the file; None if its server states none."""
     return reply.headers.get("ETag") or reply.headers.get("Last-Modified")
 
 

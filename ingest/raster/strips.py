@@ -41,7 +41,7 @@ class StripReader:
 
     def __init__(self, read: WindowReader, *, block_rows: int, col: int, width: int, end: int, dtype: Any) -> None:
         self._read = read
-        # of very tall blocks a part is held, and such a block is decoded for each part
+        # of a very tall block only a part is held, so it is decoded once for each part
         self._block_rows = max(1, min(block_rows, _WHOLE_READ_PX // max(1, width)))
         self._col, self._width, self._end = col, width, end
         self._top = self._bottom = 0

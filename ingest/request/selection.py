@@ -151,7 +151,7 @@ class Selection(BaseModel):
 
 
 def parse_interval(text: str) -> tuple[dt.datetime | None, dt.datetime | None]:
-    """Parse a day, month, year, instant or range into inclusive UTC bounds.
+    """Parse a day, month, year, instant or range into inclusive UTC bounds; None for an open end.
 
     >>> parse_interval("2023-08/2023-09-10")[1].isoformat()
     '2023-09-10T23:59:59+00:00'

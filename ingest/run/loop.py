@@ -121,7 +121,7 @@ def run_job(
             _make(job, now, tally, client, tell, record)
             sweep_strays(job.url)  # left by workers that ended during this run
             if open_cube(job.url).provenance != json.loads(json.dumps(job.plan.provenance())):
-                # a file that can be read again has a verdict that it did not have when the cube was begun
+                # a file that was unreadable when the cube was begun may have a verdict now
                 record_provenance(job.url, job.plan.provenance())
         store = open_store(job.url)
         for states in tally.states.values():

@@ -85,7 +85,7 @@ def _refuse_image(path: Path, source: str) -> None:
         with open_regular(path) as file:
             head = file.read(16)
     except OSError:
-        return  # the reader of documents says why
+        return  # the reader of documents reports why
     kind = next((kind for mark, kind in _RASTERS.items() if head.startswith(mark)), None)
     if kind is not None:
         raise InvalidInput(

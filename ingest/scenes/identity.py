@@ -119,7 +119,7 @@ def baselines_of(properties: Mapping[str, Any], names: Iterable[str], hrefs: Ite
 
 
 def baseline_of(baselines: Mapping[str, str]) -> str | None:
-    """Return the processing baseline, for example "05.09", from all that an item names.
+    """Return the processing baseline, for example "05.09", from all that an item names; None if it names none.
 
     Where the places disagree on whether there is an offset, the side with more weight is followed, then the order.
     """
@@ -148,7 +148,7 @@ def _named_baseline(names: Iterable[str]) -> str | None:
 
 
 def tile_of(properties: Mapping[str, Any], names: Iterable[str]) -> str | None:
-    """Return the MGRS tile, for example "01WCR"."""
+    """Return the MGRS tile, for example "01WCR"; None if nothing names it."""
     whole = first_of(properties, "s2:mgrs_tile", "grid:code", "sentinel:mgrs", "tileId")
     parts = [
         first_of(properties, f"mgrs:{part}", f"sentinel:{part}")
@@ -163,13 +163,13 @@ def tile_of(properties: Mapping[str, Any], names: Iterable[str]) -> str | None:
 
 
 def platform_of(names: Iterable[str]) -> str | None:
-    """Return the platform that a product name begins with, for example "sentinel-2a"."""
+    """Return the platform with which a product name begins, for example "sentinel-2a"; None if none does."""
     unit = search_in(r"^S([12][A-D])_", names)
     return f"sentinel-{unit.lower()}" if unit else None
 
 
 def datatake_of(properties: Mapping[str, Any], names: Iterable[str], product: ProductRule) -> str | None:
-    """Return the datatake id, or the part of it that the product name holds; the absolute orbit for Sentinel-1."""
+    """Return the datatake id, or the part that the product name holds; for Sentinel-1 the absolute orbit; or None."""
     if product.kind == "backscatter":
         orbit = whole_of(properties.get("sat:absolute_orbit"))
         return str(orbit) if orbit is not None else None
@@ -184,7 +184,7 @@ def datatake_of(properties: Mapping[str, Any], names: Iterable[str], product: Pr
 
 
 def datastrip_of(properties: Mapping[str, Any], names: Iterable[str], hrefs: Iterable[str] = ()) -> str | None:
-    """Return the sensing start, "20230810T100559", of the datastrip: a part of a datatake from one station.
+    """Return the sensing start of the datastrip (part of a datatake from one station), "20230810T100559", or None.
 
     A datatake may come down to two stations, and then each has its own part of a tile. The name of a granule ends in
     the same time. Hrefs of assets hold both names, as folders of the product.
@@ -202,7 +202,7 @@ def datastrip_of(properties: Mapping[str, Any], names: Iterable[str], hrefs: Ite
 
 
 def relative_orbit_of(properties: Mapping[str, Any], names: Iterable[str]) -> int | None:
-    """Return the relative orbit: 1 to 143 for Sentinel-2, 1 to 175 for Sentinel-1."""
+    """Return the relative orbit: 1 to 143 for Sentinel-2, 1 to 175 for Sentinel-1; None if nothing states it."""
     stated = whole_of(first_of(properties, "sat:relative_orbit", "sentinel2:relative_orbit_number"))
     return (stated if stated in range(1, 1000) else None) or whole_of(search_in(r"_R(\d{3})(?:_|$)", names))
 

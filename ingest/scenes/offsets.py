@@ -150,7 +150,7 @@ def hear_witnesses(
     subtracted = bool(flag) or any(one.dn_offset == 0 and one.weight for one in heard)
     for place, baseline in baselines.items():
         raised = baseline_has_offset(baseline)
-        # what the product carried once says nothing against a provider that reports its subtraction
+        # the original product is no evidence against a provider that reports that it subtracted the offset
         says = None if raised is None or (raised and subtracted) else OFFSET_DN if raised else 0
         heard.append(Witness(place, baseline, says, BASELINE_WEIGHTS.get(place, _OFFICIAL)))
     return tuple(heard)

@@ -180,7 +180,7 @@ class Landscape:
         woods += np.float32(0.65) * relief
 
         river = self._river_distance(grid)
-        # the bank wavers by a sixth of the width, and a river stays visible at coarse resolutions
+        # the bank varies by a sixth of the width, and a river stays visible at coarse resolutions
         half_width = max(46.0 * s, 1.1 * grid.resolution[0])
         bank = river + np.float32(half_width / 3) * coarse + np.float32(half_width / 6) * fine
         lake = self._inside(grid, self.lakes, ragged, reach=1.3)

@@ -56,7 +56,7 @@ def _relation(found: npt.NDArray[np.float64], right: npt.NDArray[np.float64], *,
         return other
     apart = found - right
     shift = float(np.median(apart))
-    # values that end at 1 were clipped there
+    # values of 1 were clipped there
     if shift and np.mean((np.abs(apart - shift) < 1.0) | (np.minimum(found, right) <= 1)) > _SHARE and not floats:
         done = "an offset was not subtracted" if shift > 0 else "an offset was subtracted that is not in the files"
         return f"stored values are {abs(shift):g} too {'high' if shift > 0 else 'low'}: {done}"

@@ -71,7 +71,7 @@ class Crowd:
 
     @contextmanager
     def place(self, href: str) -> Iterator[Callable[[bool], None]]:
-        """Wait for a place at the host of `href`; the function it gives takes whether the host was busy."""
+        """Wait for a place at the host of `href`; yield a function that takes whether the host was busy."""
         host = urlsplit(href).netloc
         with self._changed:
             while self._inside[host] >= self.places(host):

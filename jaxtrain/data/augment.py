@@ -92,7 +92,7 @@ def _pick(pick: jax.Array, array: jax.Array) -> jax.Array:
 
 
 def turns() -> list[tuple[Turn, Turn]]:
-    """Yield the eight turns and mirrors of square images (B, N, N, C), each with its inverse."""
+    """Return the eight turns and mirrors of square images (B, N, N, C), each with its inverse."""
 
     def of(swap: bool, mirror_y: bool, mirror_x: bool) -> tuple[Turn, Turn]:
         def there(x: jax.Array) -> jax.Array:
@@ -140,7 +140,7 @@ class Mixed(NamedTuple):
 def mix(
     x_BHWC: jax.Array, label: jax.Array, *, key: jax.Array, kind: Literal["mixup", "cutmix"], alpha: float
 ) -> tuple[jax.Array, jax.Array, Mixed | None]:
-    """Mix each sample with the next of the batch; one share is drawn for the whole batch.
+    """Mix each sample with the one before it in the batch; one share is drawn for the whole batch.
 
     mixup (Zhang et al. 2018, arXiv:1710.09412) blends images; the loss is blended as they are. cutmix (Yun et al. 2019,
     arXiv:1905.04899) pastes a box of the other; where pixels are labelled the labels are pasted too, and the loss stays
@@ -154,7 +154,8 @@ def mix(
         alpha: The share of the other is drawn from Beta(alpha, alpha), and is at most a half.
 
     Returns:
-        The images, their labels, and the labels mixed in with their share of the loss.
+        The images, their labels, and the labels mixed in with their share of the loss; None for the last where the
+        labels of pixels were pasted.
     """
     drawn = jax.random.beta(jax.random.fold_in(key, _SHARE), alpha, alpha, dtype=jnp.float32)
     share = jnp.minimum(drawn, 1 - drawn)

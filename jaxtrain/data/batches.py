@@ -63,7 +63,7 @@ class BatchStream:
         self._last = -(-len(windows) // size) if last is None else last
         self._depth = threads + prefetch
         self._sharding, self._place = sharding, place
-        # one thread keeps the reads of all batches ahead under way, the others wait for them and place them
+        # one thread starts the reads of all batches ahead, the others wait for them and place them on the devices
         self._starter = ThreadPoolExecutor(1, thread_name_prefix="reads")
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="batch")
         self._stopped = threading.Event()

@@ -87,7 +87,7 @@ class CubesReader:
 
 
 def numbered(number: int, on_unreadable: OnUnreadable | None) -> OnUnreadable | None:
-    """Return `on_unreadable` for one of several cubes; rows get the number of the cube."""
+    """Return `on_unreadable` for one of several cubes, whose rows get the number of the cube; None for None."""
     if on_unreadable is None:
         return None
     report = on_unreadable

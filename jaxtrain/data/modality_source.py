@@ -412,7 +412,7 @@ def sources_digest(sources: Sequence[ModalitySource], label: LabelLayer | None) 
 
 
 def _on_finest(on_unreadable: OnUnreadable | None, ratio: int) -> OnUnreadable | None:
-    """Return `on_unreadable` for a modality; windows are named by their place on the finest grid."""
+    """Return `on_unreadable` for a modality, with windows placed on the finest grid; None for None."""
     if on_unreadable is None:
         return None
     report = on_unreadable

@@ -112,7 +112,7 @@ class ChunkOrder:
         of_window = rank[self.chunks]
         shuffle = mix(mix(key ^ np.uint64(0xC0FFEE)) ^ np.arange(count, dtype=np.uint64))
         windows = np.lexsort((shuffle, block[of_window], lane[of_window]))
-        # ---- lanes end at whole chunks: what one has too much at its end, others read then
+        # ---- lanes end at whole chunks: the windows that one has too many are read by others at their end
         held = np.bincount(lane[of_window], minlength=lanes)
         ends = np.cumsum(held)
         depth = np.arange(count) - np.repeat(ends - held, held)

@@ -54,7 +54,7 @@ class Complaints:
             if len(both) < 2:
                 continue
             if any(now - seat.heard > seat.application.silence_s / 2 for seat in both):
-                self._said.append((pair, now))  # silence will tell which of the two is at fault
+                self._said.append((pair, now))  # silence will show which of the two has failed
                 continue
             self._retries[pair] += 1
             yield both[0], both[1], self._retries[pair] < _MOST_RETRIES

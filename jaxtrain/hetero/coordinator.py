@@ -153,7 +153,7 @@ class Coordinator:
         while True:
             await asyncio.sleep(_TICK_S)
             now = time.monotonic()
-            if now - last > 5 * _TICK_S:  # this process stood still: what members sent meanwhile was not read
+            if now - last > 5 * _TICK_S:  # this process was paused: what members sent in that time was not read
                 self._group.forgive(now - last)
             last = now
             self._group.tick(now)

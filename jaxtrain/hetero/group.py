@@ -341,7 +341,7 @@ class Group:
         for seat in active:
             if seat.ready != leader.ready:
                 self.drop(seat.number, f"wants to begin step {seat.ready}, the group step {leader.ready}", now)
-                return  # `drop` has come here again
+                return  # `drop` has called this function again
         self._step = leader.ready or 0
         if self._give_state(active, now):
             return

@@ -209,7 +209,7 @@ class Peers:
         with self._lock:
             gone = [self._senders.pop(number) for number in set(self._senders) - kept]
             ended = [sock for sock, number in self._incoming.items() if number and number not in kept]
-            for sock in ended:  # whoever waits for a place for its block waits no longer
+            for sock in ended:  # a thread that waits for a place for its block stops waiting
                 del self._incoming[sock]
         for sender in gone:
             sender.close()

@@ -270,7 +270,7 @@ class Replica:
     # ---- What is shared between two steps.
 
     def compare(self, state: TrainState, step: int) -> tuple[TrainState, str | None]:
-        """Compare the states of all replicas every `hetero.compare_every` steps; where they differ, send the leader's.
+        """Compare the states of all replicas after step 1 and at intervals; if they differ, send the leader's to all.
 
         Replicas on the same kind of device have equal bits. Different kinds round differently, and drift apart slowly.
 
@@ -416,7 +416,7 @@ def _unpack(program: Program, data: memoryview) -> tuple[TrainState, dict[str, A
 
 
 def warm_up(programs: ChunkPrograms, config: TrainConfig, ready: TrainingSet) -> int | None:
-    """Run both programs once on a temporary state; return the most chunks for which this host has memory."""
+    """Run both programs once on a throw-away state; return the most chunks for which this host has memory, or None."""
     program = programs.program
     try:
         sample = ready.reader.read(ready.plan.parts["train"].rows[:1])

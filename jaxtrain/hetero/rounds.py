@@ -145,7 +145,7 @@ class Round:
             block = slice(self._added, min(self._added + _BLOCK, until))
             terms = [(own if number == self._own else self._parts[number])[block] for number in self._adding]
             out = total[block]
-            with np.errstate(all="ignore"):  # what is not finite is the loop's matter
+            with np.errstate(all="ignore"):  # the training loop handles what is not finite
                 if len(terms) > 1:
                     np.add(terms[0], terms[1], out=out)
                 else:

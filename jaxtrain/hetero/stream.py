@@ -51,7 +51,7 @@ class ChunkStream:
         self._reader, self._windows, self._order = reader, windows, order
         self._batch_size, self._chunk, self._sharding = batch_size, chunk, sharding
         self._last, self._depth = last, ahead
-        # one thread keeps the reads of all chunks under way, the others wait for them and place them
+        # one thread starts the reads of all chunks, the others wait for them and place them on the devices
         self._starter = ThreadPoolExecutor(1, thread_name_prefix="reads")
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="chunk")
         self._ahead: dict[tuple[int, int], Future[Mapping[str, Any]]] = {}

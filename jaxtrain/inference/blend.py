@@ -98,7 +98,7 @@ class Strips:
         weight = self._window[: self._patch - down, inside] * seen
         answer = probability_HWK[: self._patch - down, inside]
         finite = _finite(answer)
-        if finite is not None:  # an answer that is no number is none: it must not become class 0
+        if finite is not None:  # an answer that is not a number counts as no answer: it must not become class 0
             weight, answer = weight * finite, np.where(finite[..., None], answer, np.float32(0))
             seen = seen * finite
         self._sum[down:, across] += weight[..., None] * answer

@@ -201,7 +201,7 @@ def _link(source: Path, target: Path) -> None:
     try:
         os.link(source, target)
     except OSError:
-        with contextlib.suppress(FileNotFoundError):  # the row of a shard whose chunk is gone is not taken for whole
+        with contextlib.suppress(FileNotFoundError):  # a shard without its chunk never counts as complete
             shutil.copyfile(source, target)
 
 

@@ -298,7 +298,7 @@ def _fill(opened: OpenScene, making: Making, missing: list[ShardIndex], on_batch
 
 
 def _already_made(target: FolderStore, opened: OpenScene) -> Making | None:
-    """Return the map at the target if it is the one that is asked for, and whole."""
+    """Return the map at the target if it is whole and the one that is asked for; else None."""
     if not target.exists() or not is_map(target.url):
         return None
     there = open_map(target.url)

@@ -98,7 +98,7 @@ class Series(nnx.Module):
         for linear, scale in ((self.linear1, self.scale1), (self.linear2, self.scale2)):
             y = linear(neighbours(x_BHWTC, self.taps))
             y = nnx.relu(scale(y.astype(jnp.float32))).astype(x_BHWTC.dtype)
-            # a date without an observation does not reach its neighbours
+            # a date without an observation does not affect its neighbours
             x_BHWTC = jnp.where(seen_BHWT[..., None], y, jnp.zeros((), y.dtype))
         if self.score is None:
             return mean_max(x_BHWTC, seen_BHWT)

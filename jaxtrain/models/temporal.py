@@ -84,7 +84,7 @@ class Temporal(nnx.Module):
         for i in range(1, self.depth + 1):
             y = self.dates[f"linear{i}"](neighbours(x_BHWTC, self.taps))
             y = nnx.relu(self.norms[f"norm{i}"](y.astype(jnp.float32))).astype(x_BHWTC.dtype)
-            # a date without an observation does not reach its neighbours
+            # a date without an observation does not affect its neighbours
             x_BHWTC = jnp.where(seen_BHWT[..., None], y, jnp.zeros((), y.dtype))
             if self.dropout is not None:
                 x_BHWTC = self.dropout(x_BHWTC, deterministic=not train)

@@ -88,7 +88,7 @@ def find_rendezvous(environment: Mapping[str, str]) -> Rendezvous | None:
 
 
 def _of_kubeflow(env: Mapping[str, str]) -> Rendezvous | None:
-    """Read the variables of Kubeflow: of Trainer 2, of its predecessor (JAXJob), and of Trainer's runtime for torch."""
+    """Read the variables of Kubeflow: Trainer 2, its predecessor (JAXJob), and Trainer's runtime for torch; or None."""
     for source, address, port, counts, indices in (
         ("Kubeflow Trainer", "JAX_COORDINATOR_ADDRESS", "JAX_COORDINATOR_PORT", _COUNTS, _INDICES),
         ("Kubeflow JAXJob", "COORDINATOR_ADDRESS", "COORDINATOR_PORT", ("NUM_PROCESSES",), ("PROCESS_ID",)),
@@ -198,7 +198,7 @@ def _ask_mpi(name: str) -> str:
 
 
 def _of_slurm(env: Mapping[str, str]) -> Rendezvous | None:
-    """Read the variables of a step of `srun`; the batch script has SLURM_NTASKS too, but runs alone."""
+    """Read the variables of a step of `srun`; None without one: the batch script has SLURM_NTASKS, but runs alone."""
     processes, process = read_number("SLURM_STEP_NUM_TASKS", env), read_number("SLURM_PROCID", env)
     nodes = env.get("SLURM_STEP_NODELIST")
     if processes is None or process is None or nodes is None or processes == 1:
@@ -324,7 +324,7 @@ def find_group(environment: Mapping[str, str]) -> Group | None:
         return None
     host = found.coordinator.rpartition(":")[0]
     restarted = env.get("SLURM_RESTART_COUNT", "0")
-    # a pod that takes the place of another has its number, and is another member all the same
+    # a pod that replaces another one has its number, but is another member
     name = env.get(GROUP_NAME) or f"{found.process}-{platform.node()}-{os.getpid()}-{restarted}"
     return Group(
         f"{host}:{_port(f'group at {found.coordinator}')}",

@@ -239,7 +239,7 @@ def _alone(network: Network, devices: int) -> list[Candidate]:
 
 
 def _alone_seconds(network: Network, facts: Facts | str, profile: Profile) -> float | None:
-    """Return the seconds that one device alone needs for all windows of a step."""
+    """Return the seconds that one device alone needs for all windows of a step; None if it cannot run them."""
     if isinstance(facts, str):
         return None
     step = predict(facts, profile, network.config.model.precision).step_s

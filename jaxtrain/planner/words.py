@@ -98,7 +98,7 @@ def table(survey: Survey) -> str:
     lines += corrections(survey.rows, survey.profile)
     lines += gather_lines(survey.rows)
     lines += [f"cannot be: {row.candidate.strategy}: {row.why_not}" for row in survey.rows if not row.fits]
-    return "\n".join([drawn, *dict.fromkeys(lines)])  # lines of the table may be alike, and each belongs to its row
+    return "\n".join([drawn, *dict.fromkeys(lines)])  # lines of the table may be equal, and each belongs to its row
 
 
 def corrections(rows: Sequence[Row], profile: Profile) -> list[str]:

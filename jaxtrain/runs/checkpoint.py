@@ -258,7 +258,7 @@ class CheckpointStore:
         return [f"{name} {_what_is_wrong(expected.get(name), found.get(name))}" for name in wrong]
 
     def newest(self) -> tuple[int | None, list[str]]:
-        """Return the newest undamaged step, and a line for each damaged one that is newer.
+        """Return the newest undamaged step, None without checkpoints, and a line for each newer one that is damaged.
 
         Raises:
             IntegrityError: There are checkpoints, and all are damaged.

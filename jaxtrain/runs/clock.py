@@ -58,9 +58,9 @@ class Clock:
         self._since = None
 
     def rate(self) -> float | None:
-        """Return the windows per second so far."""
+        """Return the windows per second so far; None before anything was measured."""
         return round(self._steps * self._size / self._seconds, 2) if self._seconds else None
 
     def input_wait(self) -> float | None:
-        """Return the share of the time so far that was spent waiting for input."""
+        """Return the share of the time so far that was spent waiting for input; None before anything was measured."""
         return round(self._waited / self._seconds, 4) if self._seconds else None

@@ -154,7 +154,7 @@ def _nearness(square_NR: npt.NDArray[np.float64], features: int) -> F32:
     nearest_NK = np.partition(square_NR, most - 1, axis=1)[:, :most] if most < square_NR.shape[1] else square_NR.copy()
     nearest_NK.sort(axis=1)
     distance_NK = np.sqrt(np.maximum(nearest_NK, 0.0))
-    # a reference row is its own nearest neighbour, which says nothing of it
+    # a reference row is its own nearest neighbour, which tells nothing about it
     itself_N = nearest_NK[:, 0] < 1e-9 * features
     mean_N = np.where(itself_N, distance_NK[:, 1:].mean(axis=1), distance_NK[:, :-1].mean(axis=1))
     found_N: F32 = mean_N.astype(np.float32)

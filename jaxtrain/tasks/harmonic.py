@@ -193,7 +193,7 @@ def _follow(
         off_WBN = (y_WBN - _predict(x_WPN, coefficients)) * kept_WN[:, None]
         squares_BN = jnp.square(off_WBN).sum(axis=0)
         spread_BN = jnp.maximum(jnp.sqrt(squares_BN / jnp.maximum(number_N - p, 1.0)), floor_BN)
-        # stable: neither the ends nor the trend of the window stand out
+        # stable: neither the ends nor the trend of the window deviate
         least_N = jnp.where(kept_WN > 0, at_W[:, None], steps).min(axis=0) - lowest
         last_N = jnp.where(kept_WN > 0, at_W[:, None], -1).max(axis=0) - lowest
         ends = [

@@ -1,6 +1,7 @@
 """Layers of results on the grid of a cube, as Zarr v3 that xarray, rioxarray and GDAL read.
 
-Chunks are not sharded and carry zstd's own checksum, as in maps, because GDAL reads neither shards nor crc32c.
+Chunks are not sharded and carry zstd's own checksum, as in maps, because GDAL before 3.13 reads neither shards nor
+crc32c.
 """
 
 from __future__ import annotations

@@ -129,7 +129,7 @@ def work(
             if isinstance(trial, optuna.Trial):
                 try:
                     _run_one(folder, study, space, trial, sharing, name, on_trial)
-                except Locked:  # its worker was taken for dead, and trains it still: it is not lost, and not failed
+                except Locked:  # its worker counted as dead but still trains it: the trial is neither lost nor failed
                     not_before[trial.number] = time.monotonic() + _HELD_S
                     continue
         if trial is _LATER:
