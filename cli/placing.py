@@ -137,7 +137,7 @@ def measure_placements(
                 except TerrashardError as error:
                     if not any("why_not" not in row for row in found.values()):
                         raise
-                    # measured rows took minutes and are kept; a cluster may have workers for the smaller placements only
+                    # rows took minutes and are kept; a cluster may have workers for the smaller placements only
                     left = [one for one in waiting if one.name not in found]
                     lost = left if isinstance(error, AccessError) else left[:1]
                     found |= {one.name: {"why_not": str(error)} for one in lost}

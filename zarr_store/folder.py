@@ -118,8 +118,8 @@ class FolderStore(Store):
             # what is not there was not changed; removing a row changes the folder that held it
             with contextlib.suppress(FileNotFoundError, NotADirectoryError):
                 changed.append(self._to_read(other).stat().st_mtime_ns)
-        # of two changes in one tick of the clock none is known to be newer; a time in the future means that the clock was
-        # set back
+        # of two changes in one tick of the clock none is known to be newer; a time in the future means that the clock
+        # was set back
         return written <= time.time_ns() and all(moment < written for moment in changed)
 
     def digest(self, key: str) -> str | None:
