@@ -1,4 +1,4 @@
-"""Training on one GPU compared with `torch.compile`, bfloat16: U-Net (256²), ResNet-18 (64², 13 bands), ResNet-50 (224²).
+"""Training on one GPU compared with `torch.compile`: U-Net (256²), ResNet-18 (64², 13 bands), ResNet-50 (224²).
 
 The default U-Net (128², float32) is measured without PyTorch beside it. Each side of each network is a process of its
 own, so that neither meets the other's memory; they take turns. PyTorch is in channels_last, with static shapes. Both

@@ -31,7 +31,7 @@ __all__ = [
 ]
 
 _HEAD_BYTES = 64 << 20
-"""Largest JSON file that is read as a whole to see whether it is a plan, bytes; of larger ones the lines are."""
+"""Largest JSON file that is read whole to see whether it is a plan, bytes; larger ones are read by lines."""
 
 
 def is_plan(source: str) -> bool:

@@ -33,7 +33,7 @@ _RESTARTS = 3
 _LOOK_S = 1.0
 """Seconds between two looks at the ledger of a map, for the page."""
 _OF_CLUSTER = ("hosts", "cluster_options", "tls", "expose", "memory", "dashboard")
-"""Options of a cluster that is started; `tls` is for a running one, too."""
+"""Options of a cluster to start; `tls` is also for a running one."""
 
 
 def fill_elsewhere(

@@ -173,7 +173,7 @@ class Dispatched:
     wish: Any
     """From `Agreement.ask`: whether a process wishes to stop."""
     work: Work | None = None
-    """Who did what, in a run of unequal replicas."""
+    """Work of each replica, in a run of unequal replicas."""
 
 
 @dataclass(kw_only=True)
@@ -226,7 +226,7 @@ class TrainingSession:
     _done: float = 0.0
     """Windows of the steps whose speed is known."""
     _possible: float = 0.0
-    """Windows that the replicas would have done in the same time, had none of them waited."""
+    """Windows that the replicas would have computed in the same time without waiting."""
 
     @property
     def efficiency(self) -> float | None:

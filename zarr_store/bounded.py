@@ -23,10 +23,10 @@ MOST_JSON_BYTES = 64 << 20
 MOST_METADATA = 256 << 20
 """Largest JSON document in a store, bytes; the plan that a cube keeps is one."""
 _PER_BYTE = 12
-"""Bytes of objects that a document may become, for each byte that one of its kind may have: STAC items become 7."""
+"""Bytes of Python objects allowed for each byte of the largest document of a kind; STAC items take 7."""
 
 _COSTS = {b"[": 108, b"{": 108, b",": 36, b":": 100, b'"': 14}
-"""Bytes that each of these costs in CPython: the value that it begins, its place in what holds it, a text's head."""
+"""Bytes that each character costs in CPython: the value that it begins, its place in a container, a text's head."""
 _STRUCTURE = b'[{,:"'
 _OTHERS = bytes(set(range(256)) - set(_STRUCTURE))
 _AT_ONCE = 1 << 20

@@ -34,7 +34,7 @@ REPOSITORY_MARKER = "_terrashard/store.json"
 _ROOM_BYTES = 1 << 20
 """Room that is asked for where a library does not say why it could not write, bytes."""
 _SQLITE_FULL = "database or disk is full"
-"""What SQLite says of ENOSPC; of EFBIG it says "disk I/O error", as of any other fault."""
+"""Message of SQLite for ENOSPC; for EFBIG it is "disk I/O error", as for any other fault."""
 
 Kind = Literal["folder", "icechunk"]
 

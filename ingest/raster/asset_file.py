@@ -45,7 +45,7 @@ _MAGIC_BYTES = 64
 """Number of first bytes that choose the driver."""
 _SCHEMES = ("http", "https", "s3")
 _MOST_ASKED = 12
-"""How often a file is asked for its version before it counts as replaced."""
+"""Number of requests for the version of a file before it counts as replaced."""
 
 
 @dataclass(frozen=True)

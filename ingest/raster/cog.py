@@ -339,7 +339,7 @@ def _attribute_table(names: Mapping[int, str], colours: Mapping[int, Colour]) ->
 
 
 _WRITE_ERRORS = (rasterio.errors.RasterioError, CPLE_BaseError, OSError, SystemError)
-"""What rasterio raises where GDAL cannot write; a SystemError where GDAL fails without a word."""
+"""Errors of rasterio where GDAL cannot write; a SystemError where GDAL fails without a message."""
 
 
 class _disk_errors:

@@ -49,7 +49,7 @@ _RETRIED_STATUS = (408, 425, 429, 500, 502, 503, 504)
 _BUSY = (429, 503)
 """HTTP statuses by which a host asks for fewer requests."""
 _MOST_ASKED = 32
-"""How often a span is asked for where servers state different versions of the file."""
+"""Largest number of requests for a span where servers state different versions of the file."""
 _SURE = 12
 """How often one other version must answer before the file counts as replaced: of two servers, one in 4,096 reads."""
 _TELLING_VERSIONS = 3

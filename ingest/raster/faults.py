@@ -32,7 +32,7 @@ _KINDS = (
 _LIBRARIES = ("PIL", "affine", "imagecodecs", "odc", "pyogrio", "pyproj", "rasterio", "shapely", "tifffile", "urllib3")
 """Packages that are only used on files, so whatever they raise means a fault of the file."""
 _PLAIN = (RasterioError, CPLE_BaseError, TerrashardError, HTTPError, http.client.HTTPException, OSError)
-"""Types whose text says what happened without the name of the type."""
+"""Types whose text alone explains the fault, without the name of the type."""
 _OPENER_NAME = re.compile(r"/vsiriopener_[0-9a-f]+/[0-9a-f]+/raster(?:\.aux\.xml)?(:\s*)?")
 """The name under which GDAL gets a file (`ingest.raster.opening`), which means nothing to anybody."""
 

@@ -46,7 +46,7 @@ _FILES = 1024
 AT_LEAST = 1.99
 """Smallest ratio of the pixels of the target to those of the file at which pixels are averaged, as for full images."""
 ROUNDING = 1.001
-"""How much coarser than the target an overview may be: 1,373 pixels of 10,980 are not exactly an eighth."""
+"""Largest ratio of overview pixels to target pixels: 1,373 pixels of 10,980 are not exactly an eighth."""
 _STATED = re.compile(r'<Item name="RESAMPLING"[^<>]{0,200}>([A-Za-z0-9_]{1,40})</Item>')
 UNSTATED = "not stated"
 """Resampling of an overview whose file does not state it."""

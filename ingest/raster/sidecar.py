@@ -20,7 +20,7 @@ __all__ = ["MAX_SIDECAR_BYTES", "georeference_only"]
 MAX_SIDECAR_BYTES = 1 << 20
 """Largest sidecar that is read, in bytes."""
 _WKT_OR_CODE = re.compile(r"[A-Z][A-Z_]{2,30}\s*\[|EPSG:\d{1,7}$")
-"""What a coordinate reference system is stated as; any other form may name a file."""
+"""Accepted forms of a coordinate reference system; any other form may name a file."""
 
 
 def georeference_only(data: bytes) -> bytes:

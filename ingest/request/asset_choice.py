@@ -18,7 +18,7 @@ __all__ = ["AssetChoice", "choose_asset"]
 _FOR_PEOPLE = {"overview", "thumbnail", "visual", "preview", "browse", "metadata", "date", "quicklook"}
 """Roles of files that show a scene, or describe it; their numbers are no measurements."""
 _PICTURE, _NO_RASTER = 3, 3
-"""The last ranks of what an asset is for, and of its media type."""
+"""The last ranks: of the purpose of an asset, and of its media type."""
 
 
 class AssetChoice(NamedTuple):

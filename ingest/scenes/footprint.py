@@ -22,7 +22,7 @@ LonLatBox = tuple[float, float, float, float]
 """Box as (west, south, east, north) in degrees; a box with west > east crosses the antimeridian."""
 
 _FARTHEST = 1080.0
-"""Largest longitude, in degrees: longitudes may be counted past the antimeridian, but not several times around."""
+"""Largest longitude, in degrees: longitudes may be counted past the antimeridian, but at most three times around."""
 _WORLD = box(-180, -90, 180, 90)
 
 

@@ -40,7 +40,7 @@ The datatake may name the baseline of the L1C product, and `processing:version` 
 _FIRST_RAISED_DAY = "2022-01-26"
 """First day whose scenes cannot have a baseline before 04.00: later processing only raises the baseline."""
 _MAX_WHOLE_NUMBER = 2**53
-"""Smallest whole number that a float may no longer hold exactly."""
+"""Whole numbers below this one are exact as floats; this one may be a rounded larger number."""
 
 
 def product_names(item: Mapping[str, Any]) -> tuple[str, ...]:

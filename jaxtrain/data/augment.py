@@ -2,8 +2,8 @@
 
 Flips and quarter turns are the eight symmetries of a square, which satellite images all have; they act on the stored
 integers, before casting, as zooms do. Gains, offsets, hidden bands and mixtures act on the normalised image. Each
-sample draws for itself; a draw depends on the key and on the sample's place in the global batch only, so every mesh
-varies the same samples the same way.
+sample has its own draws. A draw depends only on the key and on the sample's place in the global batch, so every mesh
+varies the same samples in the same way.
 
 Letters in shapes: B sample, H row, W column, C band, N side of a square.
 """

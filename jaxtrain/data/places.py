@@ -1,8 +1,8 @@
 """`SampleSplit` divides the samples of a store into training and held-out ones, by their places.
 
-Samples with coordinates are split by cells of degrees (0.5 by default): a cell belongs to one part, by a hash of (seed,
-cell). Neighbours across the edge of a cell can be left out of training by a buffer. A random split is possible; it is
-leaky, because neighbouring samples look alike; the leakage figure measures it.
+Samples with coordinates are split by cells (0.5° by default): a cell belongs to one part, by a hash of (seed, cell).
+Neighbours across the edge of a cell can be left out of training by a buffer. A random split is possible; it is leaky,
+because a sample's neighbour looks like it; the leakage figure measures it.
 """
 
 from __future__ import annotations

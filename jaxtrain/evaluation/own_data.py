@@ -17,7 +17,7 @@ from zarr_store.errors import NotACube, TerrashardError
 __all__ = ["find_moved", "match_own", "open_own"]
 
 _LEVELS = 12
-"""Number of folders above the run, and of parts of an old path, that are tried."""
+"""Largest number of folders above the run, and of parts of an old path, that are tried."""
 
 
 def match_own(card: ModelCard, data: TrainingData) -> ModelCard | None:

@@ -10,9 +10,9 @@ from jaxtrain.hetero.seats import Seat
 __all__ = ["Complaints"]
 
 _COMPLAINT_S = 1.0
-"""Seconds after a broken connection in which the one at the other end may turn out to be dead."""
+"""Seconds after a broken connection in which the other member may turn out to be dead."""
 _MOST_RETRIES = 3
-"""Attempts of a step after which of two members that cannot reach each other one is dropped."""
+"""Attempts of a step after which one of two members that cannot reach each other is dropped."""
 
 
 class Complaints:

@@ -42,7 +42,7 @@ _BEAT_S = 0.5
 _STRANGERS = 64
 """Most connections at a time that have not yet proved the secret."""
 _REPORT_EVERY_S = 60.0
-"""Seconds in which one address gets one line, however often it is refused."""
+"""Seconds in which one refused address gets at most one line in the log."""
 _UNSENT_BYTES = 16 << 20
 """Most bytes that wait for a member that does not read."""
 

@@ -71,7 +71,7 @@ class Landing:
         self._reached = (-1, 0)
         self._bulk: Bulk | None = None
         self._passed: deque[str] = deque(maxlen=_REMEMBERED)
-        """Values that are no longer waited for, complete or not: what still comes of them is thrown away."""
+        """Values that are no longer expected, complete or not; late blocks of them are dropped."""
         self._closed = False
 
     @property

@@ -33,7 +33,7 @@ from zarr_store.crash import crashpoint
 __all__ = ["Peer", "Peers"]
 
 _STRANGERS = 256
-"""Most connections at a time that have not yet said whose they are; in a large group many peers come at once."""
+"""Most connections at a time whose member is not yet known; in a large group many peers connect at once."""
 _CONNECT_S = 5.0
 _AGAIN_S = 0.2
 

@@ -22,20 +22,21 @@ __all__ = ["Decision", "RateFilter", "ShareController", "apportion", "longest"]
 
 _SHORT, _LONG = 5, 31
 _CHANGED, _CERTAIN = 0.12, 0.5
-"""Relative difference of the two medians from which on a change of speed counts as lasting: it grows with the spread of
-the measurements, from the first to the second."""
+"""Relative difference of the two medians above which a change of speed counts as lasting. It grows with the spread of
+the measurements, from the first number to the second."""
 _GAIN, _ERRORS = 0.01, 2.0
-"""Shares move only if the step gets shorter by the first part, and by so many standard errors of the rates: below that,
-noise would move them back and forth."""
+"""Smallest gain for which shares change: a part of the step, and a number of standard errors of the rates. With smaller
+gains, noise would move shares back and forth."""
 _ASIDE, _DOUBT, _TRUSTED = 0.1, 2.0, 3
-"""Who takes part changes only if the step gets shorter by the first part. A member whose speed was measured n times is
-set aside only for a gain of the second ÷ n, and is tried again the sooner the fewer than the third they were."""
+"""Smallest gain, as a part of the step, for which the set of working members changes. A member whose speed was measured
+n times is set aside only for a gain of the second number ÷ n. It is tried again sooner if n is below the third number."""
 _TRIAL_COST = 0.02
 """Part of the running time that trials of a member that is set aside may cost."""
 _TRIALS = (20, 1000)
 """Fewest and most steps between two trials; each trial without success doubles them."""
 _TRIAL_STEPS, _HOPELESS = 3, 2.0
-"""Steps of a trial, of which the median counts; it ends at once if a chunk takes so many times a step of the others."""
+"""Steps of a trial, of which the median counts. A trial ends at once if a chunk takes so many times as long as a step
+of the others."""
 
 
 def longest(shares: Mapping[str, int], seconds: Mapping[str, float]) -> float:

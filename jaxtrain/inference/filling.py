@@ -59,7 +59,7 @@ Answers = tuple[npt.NDArray[np.int32], npt.NDArray[np.float32], npt.NDArray[np.f
 """A window of one date: its row (time, y, x), probabilities (H, W, K), how well each pixel was seen (H, W)."""
 
 _MASKED_SAY = np.float32(1e-3)
-"""Weight of a masked date beside a clear one."""
+"""Weight of a masked date, where a clear one has weight 1."""
 
 
 @dataclass(frozen=True)

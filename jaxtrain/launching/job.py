@@ -22,7 +22,7 @@ SAVE_S = 120
 """Seconds that a run gets to save before its time ends or its pod is taken away."""
 
 _LONGEST_NAME = 40
-"""Names of pods are those of the job with a suffix, and may have 63 characters."""
+"""Longest name of a job: pods have this name with a suffix, of at most 63 characters together."""
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from zarr_store.errors import AccessError, InvalidInput
 __all__ = ["RemoteHosts", "RemoteProcess"]
 
 _KEEPALIVE_S, _SILENT = 15, 4
-"""A host that leaves this many questions unanswered, one each so many seconds, is lost."""
+"""Seconds between two questions to a host, and unanswered questions after which the host is lost."""
 _PACKAGES = ("terrashard", "jax")
 _KILLED_S = 10.0
 """Seconds that a host has to report the end of a killed process before its connection is closed."""

@@ -15,7 +15,7 @@ import jax
 __all__ = ["FUSION", "Carry", "Unit", "halves", "is_owned", "streams_of", "units_of"]
 
 FUSION = "fusion"
-"""Name of what joins the branches of a network, with all that follows."""
+"""Name of the part that joins the branches of a network, with all that follows."""
 
 Carry = tuple[jax.Array, ...]
 

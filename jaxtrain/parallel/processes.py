@@ -308,7 +308,7 @@ def peer_lost(error: Exception, out: Path) -> AccessError | None:
 
 _LOST_MARKS = ("gloo", "nccl", "connection closed", "connection reset", "broken pipe", "heartbeat", "coordination",
                "unavailable", "deadline_exceeded", "socket closed")  # fmt: skip
-"""Words in errors of the libraries below JAX by which a lost process is recognised."""
+"""Words by which errors of the libraries below JAX show that a process was lost."""
 
 
 def abandon(code: int) -> None:

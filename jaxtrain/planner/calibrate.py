@@ -38,11 +38,11 @@ BATCH = 8
 ROWS = (1 << 12, 1 << 15, 1 << 18)
 """Rows of 32 numbers of arrays for simple arithmetic, transpositions and sums: a cache's, the last one's, none's."""
 LEAST_BYTES = 1 << 13
-"""Bytes up to which such an instruction costs no more than its start."""
+"""Bytes up to which simple arithmetic costs no more than its start."""
 MESSAGES = (1 << 6, 1 << 16, 1 << 20, 1 << 23)
 """Bytes of the results of an exchange."""
 LEAST_S = 1e-6
-"""Least seconds of an exchange; less cannot be told from what else happens."""
+"""Least seconds of an exchange; shorter times cannot be distinguished from noise."""
 CHAIN = 8
 """Exchanges one after the other; each waits for the work before it."""
 TURNS = 4

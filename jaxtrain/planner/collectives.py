@@ -43,7 +43,7 @@ __all__ = [
 
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
 THROUGH = ("get-tuple-element", "bitcast", "copy", "reshape", "transpose", "convert")
-"""Instructions that only hand on what they get."""
+"""Instructions that only pass on their input."""
 
 MESH_GROUPS = re.compile(
     r"replica_groups=mesh\[(?P<sizes>[^\]]*)\](?:, device_ids=\((?P<order>[^ ]*)\))? *\{(?P<axes>[^}]*)\}"
@@ -76,7 +76,7 @@ class Collective:
     source: str
     """Operation of JAX that it comes from."""
     corrected: str = ""
-    """What was changed to the target's way of doing it; empty where nothing was."""
+    """Correction for the target; empty where nothing was corrected."""
     printed_bytes: float | None = None
     """`wire_bytes` of the program as it was compiled; None where nothing was corrected."""
 

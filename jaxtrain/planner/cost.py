@@ -31,19 +31,19 @@ class Prediction:
 
     step_s: float
     compute_s: float
-    """Instructions that arithmetic limits, and starting instructions (`launch_s`)."""
+    """Seconds of instructions that arithmetic limits, and of starting instructions (`launch_s`)."""
     memory_s: float
-    """Instructions that memory traffic limits."""
+    """Seconds of instructions that memory traffic limits."""
     collective_s: float
-    """Exchanges that nothing hides."""
+    """Seconds of exchanges that do not overlap with computing."""
     idle_s: float
-    """Waiting of the stages of a pipeline."""
+    """Seconds in which stages of a pipeline wait."""
     hidden_s: float
-    """Exchanges that pass while devices compute; no part of the step."""
+    """Seconds of exchanges that overlap with computing; they are not part of the step."""
     bubble: float
     """Share of the idle time of a pipeline's schedule, as predicted."""
     launch_s: float = 0.0
-    """Part of `compute_s` that is the starting of instructions."""
+    """Part of `compute_s` for starting instructions."""
 
 
 def predict(facts: Facts, profile: Profile, precision: str) -> Prediction:

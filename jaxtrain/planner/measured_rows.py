@@ -22,7 +22,7 @@ from zarr_store.durable import write_file
 __all__ = ["MeasuredRows"]
 
 _FRESH_S = 24 * 3600.0
-"""Age up to which a row is taken up: later the machine may do other work, and the data may be others."""
+"""Age in seconds up to which a row is used: later the machine may be busier, and the data may be others."""
 
 
 class MeasuredRows:

@@ -217,7 +217,7 @@ class Profile(_Strict):
     cost_an_hour: float | None = Field(None, gt=0)
     """Price of one device for an hour, in the user's currency; None where it is not known."""
     sources: dict[str, str] = {}
-    """Where each number comes from; what is assumed says so."""
+    """Source of each number; assumed numbers are marked as such."""
 
     @model_validator(mode="after")
     def _links_grow(self) -> Profile:

@@ -41,7 +41,7 @@ class Point:
     step_s: float
     images_per_s: float
     efficiency: float
-    """Images a second of each device, beside those of one device alone."""
+    """Images a second of each device, divided by those of one device alone."""
     sent_bytes: float
     """Bytes that the busiest device sends in a step."""
     peak_bytes: int

@@ -31,7 +31,7 @@ __all__ = ["MOST_BYTES", "private_folder", "program_folder", "shared_folder"]
 _log = logging.getLogger(__name__)
 
 MOST_BYTES = 4 << 30
-"""Largest size of all programs of all runs, bytes; the longest unused ones are removed first."""
+"""Largest size of all programs of all runs, bytes; those that were not used for longest are removed first."""
 
 MOST_SHARED_BYTES = 1 << 30
 """Largest size of the programs of one kind of processor, bytes; the default U-Net has about 1 MB."""

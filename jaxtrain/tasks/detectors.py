@@ -27,7 +27,7 @@ F32 = npt.NDArray[np.float32]
 Method = Literal["rx", "local-rx", "autoencoder", "isolation", "embedding"]
 _NEAREST = 5
 _NEAREST_SHARE = 0.01
-"""Share of the reference rows that are nearest, at least: more of the same anomaly must not vouch for each other."""
+"""Smallest share of reference rows that count as nearest, so that rows of one anomaly do not make each other usual."""
 _PIECE = 4096
 """Rows whose distances to all reference rows are held at once."""
 

@@ -24,7 +24,7 @@ from zarr_store.temporary import PARTIAL, remove_folder
 __all__ = ["RESULT", "TaskFolder", "read_result"]
 
 RESULT = "result.json"
-"""Name of the file that says what a folder of results is."""
+"""Name of the file that describes a folder of results."""
 _STATE = "state.json"
 _LOCK = "lock.json"
 

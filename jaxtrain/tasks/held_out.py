@@ -21,7 +21,7 @@ _CELL = 64
 _SHIFT = 12
 """Bits of a float32 that a bin leaves out: a threshold is exact to a part in two thousand."""
 _LEAST_ABOVE = 10
-"""Number of held-out rows above the threshold that a rate needs at least."""
+"""Smallest number of held-out rows above the threshold that a rate needs."""
 
 
 def held_out(table: Table, ids: npt.NDArray[np.uint64], seed: int) -> npt.NDArray[np.bool_]:

@@ -33,11 +33,11 @@ _GROUP = 4
 """Blocks of a mini-batch: a fixed number, so that the answer does not depend on who computes."""
 
 _PARTS = (1 << 18, 1 << 22)
-"""Rows of the parts on which centres move first: the rest of the way to the centres of all rows grows shorter."""
+"""Rows of the parts on which centres move first, so that few passes over all rows are left."""
 _PART_VALUES = 1 << 24
 """Most numbers of a part: 64 MB, which are kept between passes beside the blocks."""
 _WORTH = 4
-"""Rows for each row of a part, at least: with fewer, the passes over the part cost what they save."""
+"""Smallest number of rows for each row of a part: with fewer, passes over the part cost as much as they save."""
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from optuna.trial import FrozenTrial, TrialState
 __all__ = ["Pace", "paces_of", "takes_another", "worker_of"]
 
 _NEWEST = 5
-"""Trials of a worker whose speed counts."""
+"""Number of newest trials of a worker that give its speed."""
 
 
 @dataclass(frozen=True)

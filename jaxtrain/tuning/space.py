@@ -39,7 +39,7 @@ _FIXED = (
     "placement",
     "hetero",
 )
-"""Settings whose change would make trials incomparable, or that say where a trial runs."""
+"""Settings that a search must not change: trials would not be comparable, or would run at other places."""
 
 
 @dataclass(frozen=True)

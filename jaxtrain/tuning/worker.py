@@ -37,7 +37,7 @@ _BEGINS = 0.75
 _HELD_S = 30.0
 """Time until a worker looks again at a trial that another process still trains."""
 SAME_FAILURES = 5
-"""A search whose first trials all fail for one reason ends after so many."""
+"""Number of first trials after which a search ends if all of them failed for one reason."""
 
 
 @dataclass(frozen=True)
