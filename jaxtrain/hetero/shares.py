@@ -29,7 +29,7 @@ _GAIN, _ERRORS = 0.01, 2.0
 gains, noise would move shares back and forth."""
 _ASIDE, _DOUBT, _TRUSTED = 0.1, 2.0, 3
 """Smallest gain, as a part of the step, for which the set of working members changes. A member whose speed was measured
-n times is set aside only for a gain of the second number ÷ n. It is tried again sooner if n is below the third number."""
+n times is set aside only for a gain of the second number ÷ n. Below the third number it is tried again sooner."""
 _TRIAL_COST = 0.02
 """Part of the running time that trials of a member that is set aside may cost."""
 _TRIALS = (20, 1000)
