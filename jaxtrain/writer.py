@@ -151,7 +151,7 @@ def _take_lock(held: contextlib.ExitStack, out: Path, *, patience_s: float) -> N
     """Hold the lock of a run; after `patience_s` it is taken from who has it, if that is above 0.
 
     Raises:
-        Locked: Another process has it, and there is no patience.
+        Locked: Another process has it, and `patience_s` is 0.
     """
     until = time.monotonic() + patience_s
     while True:

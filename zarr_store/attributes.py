@@ -42,7 +42,7 @@ def unpack_attribute(value: Any) -> Any:
     """Read what `pack_attribute` wrote; a nested attribute of an earlier release is returned unchanged.
 
     Raises:
-        ValueError: The text is no JSON, or is not compressed as `pack_attribute` does it.
+        ValueError: The text is not JSON, or is not compressed as `pack_attribute` does it.
         InvalidInput: It is too large.
     """
     if not isinstance(value, str):

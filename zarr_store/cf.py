@@ -38,7 +38,7 @@ _EVEN_PX = 1e-3
 
 @dataclass(frozen=True)
 class Options:
-    """What a user states of a dataset; None leaves it to the metadata.
+    """The statements of a user about a dataset; None leaves it to the metadata.
 
     Attributes:
         bands: Names of the bands to take; none takes all.

@@ -1,4 +1,4 @@
-"""How the units of a CRS lie on the Earth: their length in metres at a place, and the turn after which x begins again.
+"""Units of a CRS on the Earth: their length in metres at a place, and the turn after which x begins again.
 
 A unit of EPSG:3857 is a metre at the equator and half a metre at 60° N; a degree of longitude shrinks in the same way.
 And longitudes of 179.9 and -179.9 are neighbours, so a grid across the antimeridian counts on beyond 180.

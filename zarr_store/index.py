@@ -104,7 +104,7 @@ class TrainingIndex:
 
     @cached_property
     def whole(self) -> npt.NDArray[np.bool_]:
-        """Which chunks (T, CY, CX) are observed in every pixel."""
+        """Mask (T, CY, CX) of the chunks that are observed in every pixel."""
         whole: npt.NDArray[np.bool_] = self.present & (self.observed == self.pixels)
         return whole
 

@@ -35,7 +35,7 @@ def check_name(name: Any, what: str, where: str) -> str:
         where: The object that holds the metadata, for the message.
 
     Raises:
-        IntegrityError: It is no such name.
+        IntegrityError: It is not such a name.
     """
     if not isinstance(name, str) or not GROUP_NAME.fullmatch(name):
         raise IntegrityError(
@@ -83,7 +83,7 @@ def path_to_read(top: Path, key: str) -> Path:
     """Return the path of a key below `top` if it leads to a file or folder inside `top`, or to nothing.
 
     Raises:
-        IntegrityError: The key or a link leads out of the folder, or to something that is no file.
+        IntegrityError: The key or a link leads out of the folder, or to something that is not a file.
     """
     path = str(top)
     for part in check_key(key, path).split("/"):
@@ -107,7 +107,7 @@ def refuse_links(top: Path, folder: Path) -> None:
         folder: In the store; need not exist.
 
     Raises:
-        IntegrityError: A link in the folder leads out of `top`, or something in it is no file.
+        IntegrityError: A link in the folder leads out of `top`, or something in it is not a file.
     """
     waiting, linked = [str(folder)], set()
     while waiting:

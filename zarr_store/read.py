@@ -160,7 +160,7 @@ class Cube:
 
     @functools.cached_property
     def provenance(self) -> dict[str, Any]:
-        """Where the cube comes from: plan, source, settings, and statistics of its scenes."""
+        """Origin of the cube: plan, source, settings, and statistics of its scenes."""
         try:
             found = unpack_attribute(self._provenance)
         except ValueError as error:

@@ -138,7 +138,7 @@ def redact_url(text: str) -> str:
 def redact_value(value: Any) -> Any:
     """Return a JSON value whose texts hold no secrets; numbers, order and keys stay.
 
-    A text that is one URL keeps the parameters that are no credential, as it may be opened again.
+    A text that is one URL keeps the parameters that are not credentials, as it may be opened again.
 
     >>> redact_value({"href": "https://h/a?layer=2&sig=x", "token": "abc", "n": [1, "password=x"]})
     {'href': 'https://h/a?layer=2', 'token': '…', 'n': [1, 'password=…']}

@@ -268,7 +268,7 @@ class IcechunkStore(Store):
 
 
 def _is_own(key: str) -> bool:
-    """Return whether a key is of the run and not of the cube; such keys are no Zarr keys, and no commit holds them."""
+    """Return whether a key is of the run and not of the cube; such keys are not Zarr keys, and no commit holds them."""
     own = key.startswith("_terrashard/") and not key.startswith(_LEDGER) and not key.endswith("/zarr.json")
     return own or key == ITEM_KEY
 

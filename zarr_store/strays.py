@@ -125,7 +125,7 @@ def _literal(name: str) -> str:
 
 
 def _weigh(path: Path) -> Stray | None:
-    """Measure size and age; None for what has gone meanwhile."""
+    """Measure size and age; return None for what was removed meanwhile."""
     nbytes, newest = 0, 0.0
     try:
         newest = path.lstat().st_mtime

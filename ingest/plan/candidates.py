@@ -108,12 +108,12 @@ class ProbedScene:
 
     @property
     def dn_offset(self) -> int:
-        """What must be added to a digital number: 0 or -1000; the pixels decide where they were probed."""
+        """Offset to add to a digital number: 0 or -1000; the pixels decide where they were probed."""
         return self.probe.dn_offset if self.probe else self.scene.dn_offset
 
     @property
     def band_offsets(self) -> Mapping[str, int]:
-        """Band → what must be added to its digital numbers, for the bands that differ from `dn_offset`."""
+        """Band → offset to add to its digital numbers, for the bands that differ from `dn_offset`."""
         return self.probe.band_offsets if self.probe else self.scene.band_offsets
 
     @property

@@ -78,7 +78,7 @@ def measure_sizes(probed: Sequence[ProbedScene], config: IngestConfig) -> Native
     """Find the pixel size of each data band from the file headers; the product's own where no file was opened.
 
     Raises:
-        InvalidInput: The pixels of a band are no whole number of those of the finest band.
+        InvalidInput: The pixels of a band are not a whole number of those of the finest band.
     """
     votes: dict[tuple[str, str], dict[float, int]] = defaultdict(lambda: defaultdict(int))
     for one in probed:

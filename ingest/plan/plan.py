@@ -233,7 +233,7 @@ class Plan:
         """Read a plan from the text of `to_json`.
 
         Raises:
-            InvalidInput: The text is no plan, or the plan was edited by hand and no longer has its digest.
+            InvalidInput: The text is not a plan, or the plan was edited by hand and no longer has its digest.
         """
         data = text.encode() if isinstance(text, str) else text
         return cls.from_file(lambda: io.BytesIO(data), where)
@@ -297,7 +297,7 @@ class Plan:
         """Read a plan from a file.
 
         Raises:
-            InvalidInput: The file cannot be read, or is no plan.
+            InvalidInput: The file cannot be read, or is not a plan.
         """
         try:
             return cls.from_file(lambda: open_regular(path), str(path))

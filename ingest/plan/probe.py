@@ -202,7 +202,7 @@ def probe_scenes(
 
     Raises:
         InvalidInput: `offset_policy` is "fail" and pixels contradict the metadata, or nothing states the offset; or
-            `strict`, and pixels are no reflectance.
+            `strict`, and pixels are not reflectance.
     """
     from ingest.raster.limits import Access
 

@@ -51,7 +51,7 @@ class Sample:
 
     @property
     def reading(self) -> OffsetReading:
-        """What they say about the offset."""
+        """Evidence of these pixels on the offset."""
         return read_offset(*self.windows, full_resolution=self.full_resolution)
 
     def in_numbers_of_the_cube(self, values: Values) -> Sample:

@@ -1,4 +1,4 @@
-"""What the tags of a scene's files mean for a plan: scale, offset and unit that the files state of their numbers.
+"""Apply the tags of a scene's files to a plan: scale, offset and unit that the files state about their numbers.
 
 How the numbers are converted is decided again when they are read (`ingest.raster.values`). Here is what concerns the
 scene as a whole, and the sentences for the person who reads the plan.

@@ -1,1 +1,1 @@
-"""From files to pixels, and from pixels to GeoTIFF."""
+"""Read files to pixels, and write pixels to GeoTIFF."""

@@ -86,7 +86,7 @@ def with_asset(
         keep: Whether to keep what is fetched of a remote file, for a later use of the file.
 
     Raises:
-        AssetUnreadable: The asset is absent, is no raster, was refused, or failed on every attempt.
+        AssetUnreadable: The asset is absent, is not a raster, was refused, or failed on every attempt.
         InvalidInput: `GDAL_NUM_THREADS` is set.
     """
     return _with_retries(functools.partial(_opened_dataset, keep=keep), href, use, scene, asset, access or Access())

@@ -149,7 +149,7 @@ def read_local_sidecar(path: str, limit: int) -> bytes | None:
     """Read NAME.aux.xml beside a local file; None where there is none.
 
     Raises:
-        PermanentError: It is no regular file, or is larger than `limit` bytes.
+        PermanentError: It is not a regular file, or is larger than `limit` bytes.
     """
     try:
         return read_file(f"{path}.aux.xml", limit, "NAME.aux.xml beside the file")

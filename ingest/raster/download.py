@@ -75,7 +75,7 @@ def fetch_head(href: str, access: Access, *, apart: bool = False) -> tuple[str, 
         The signed address that answered, and the head.
 
     Raises:
-        PermanentError: The file is absent or refused, is no raster, or its server redirects to another host.
+        PermanentError: The file is absent or refused, is not a raster, or its server redirects to another host.
         TransientError: The server cannot be reached or failed.
     """
     pool = _pool(os.getpid(), access)

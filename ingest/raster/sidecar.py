@@ -27,7 +27,7 @@ def georeference_only(data: bytes) -> bytes:
     """Reduce a sidecar to the georeference and the nodata value.
 
     Raises:
-        InvalidInput: The document is no sidecar of GDAL's, or states something impossible.
+        InvalidInput: The document is not a sidecar of GDAL, or states something impossible.
     """
     if len(data) > MAX_SIDECAR_BYTES:
         raise InvalidInput(f"NAME.aux.xml has more than {MAX_SIDECAR_BYTES} bytes, which no georeference needs")

@@ -23,7 +23,7 @@ _HALF_WAY_ROUND = 180.0
 
 
 class Selection(BaseModel):
-    """Which scenes and bands are used."""
+    """Selection of scenes and bands."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

@@ -86,7 +86,7 @@ class _GuardedIO(StacApiIO):
 
         Raises:
             AccessError: A page came twice, or there are too many pages.
-            InvalidInput: A next link leads to another host, or the answer is no FeatureCollection.
+            InvalidInput: A next link leads to another host, or the answer is not a FeatureCollection.
         """
         first, method, sent = parameters or {}, (method or "GET").upper(), parameters or {}
         seen: set[bytes] = set()

@@ -58,7 +58,7 @@ def open_source(documents: Documents) -> tuple[str, Any]:
     """Open SOURCE and return its location and document; the document is None for a Parquet file.
 
     Raises:
-        InvalidInput: The file is absent or is no JSON.
+        InvalidInput: The file is absent or is not JSON.
         AccessError: The server could not be reached.
     """
     source = documents.source

@@ -299,7 +299,7 @@ def parse_json(data: bytes, where: str) -> Any:
 
 
 def _items_by_line(text: str, where: str) -> dict[str, Any] | None:
-    """Return a FeatureCollection of one item per line; None if the first line is no feature."""
+    """Return a FeatureCollection of one item per line; None if the first line is not a feature."""
     features: list[Any] = []
     for number, line in enumerate(_lines(text), 1):
         if not line.strip():

@@ -83,7 +83,7 @@ def flat_box(bounds: object) -> LonLatBox:
     """Return the bbox of an item as (west, south, east, north); heights are left out.
 
     Raises:
-        ValueError: It is no list of four or six numbers.
+        ValueError: It is not a list of four or six numbers.
     """
     if not isinstance(bounds, Sequence) or len(bounds) not in (4, 6):
         raise ValueError(f"expected a bbox of four or six numbers, got {bounds!r}")

@@ -233,6 +233,6 @@ def number_of(value: object) -> float | None:
 
 
 def whole_of(value: object) -> int | None:
-    """Return a value as an integer; None for anything that is no number, or too large to be exact."""
+    """Return a value as an integer; None for anything that is not a number, or too large to be exact."""
     number = number_of(value)
     return int(number) if number is not None and abs(number) < _MAX_WHOLE_NUMBER else None

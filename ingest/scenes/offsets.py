@@ -387,7 +387,7 @@ def _support(scene: Scene) -> int:
 
 
 def _is_old(scene: Scene) -> bool:
-    """Return whether the scene is of a time when nothing was added: bright ground is no offset then."""
+    """Return whether the scene is of a time when nothing was added: bright ground does not mean an offset then."""
     return baseline_has_offset(scene.baseline) is False and scene.dn_offset == 0 and not _is_disputed(scene)
 
 

@@ -124,7 +124,7 @@ def _tile_cell(tile: str) -> BaseGeometry:
 
 
 def _turned(item: Mapping[str, Any], where: str) -> BaseGeometry | None:
-    """Return the footprint of an item whose geometry names latitude first; None where that is no footprint either."""
+    """Return the footprint of an item whose geometry names latitude first; None if that is not a footprint either."""
     try:
         with np.errstate(all="ignore"):  # values that are no numbers are refused below
             flipped = shapely.transform(shapely.force_2d(shape(item["geometry"])), lambda xy: xy[:, ::-1])

@@ -114,7 +114,7 @@ def find_scenes(source: str, config: IngestConfig, *, headers: Mapping[str, str]
 
 
 def _unusable(item: Mapping[str, Any], error: Exception) -> Unusable:
-    """Log and describe an item that is left out; an error that is no fault of the item is logged with its traceback."""
+    """Log and describe an item that is left out; an error that the item did not cause is logged with traceback."""
     expected = isinstance(error, InvalidInput)
     reason = str(error) if expected else f"it cannot be understood ({type(error).__name__}: {error})"
     result = Unusable(str(item.get("collection"))[:200], str(item.get("id"))[:200], redact_text(reason)[:600])

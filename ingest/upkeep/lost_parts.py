@@ -29,7 +29,7 @@ def find_lost_parts(url: str, plan: Plan, config: IngestConfig) -> list[tuple[Sc
 
     Returns:
         Each scene with the time step that it belongs to. None where the catalogue is not trusted or cannot be reached;
-        `audit` says why.
+        `audit` reports the reason.
     """
     try:
         trust = {name: getattr(config.trust, name) for name in type(config.trust).model_fields}

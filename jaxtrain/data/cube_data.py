@@ -205,7 +205,7 @@ def select_windows(
         cube: The open cube.
         card: Card of the run, as if this cube were its only one.
         part: A part of the run's own cube; None for all of another cube.
-        may_be_empty: No window at all is no error, as in one of several cubes.
+        may_be_empty: Whether a cube without any window is accepted, as one of several cubes.
         without: Modalities that the network does not get; another cube may lack them.
         insist: Use pixels of another size and numbers that cannot be converted as they are, and warn.
     """

@@ -246,7 +246,7 @@ def open_sources(
 
     Raises:
         UnknownName: A cube lacks a collection, a layer or a band.
-        InvalidInput: Grids do not nest, a window is no whole number of pixels of a modality, or no dates are near.
+        InvalidInput: Grids do not nest, a window is not a whole number of pixels of a modality, or no dates are near.
     """
     spec = cube.spec(config.collection)
     if spec.grid != cube.grid:

@@ -1,4 +1,4 @@
-"""How much memory is free, on the host and on its devices."""
+"""Measure the free memory of the host and of its devices."""
 
 from __future__ import annotations
 

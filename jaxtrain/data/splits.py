@@ -42,7 +42,7 @@ class Split:
 
     @classmethod
     def whole(cls, block: tuple[int, int], shape: tuple[int, int], part: Part = "test") -> Self:
-        """Put all ground of a grid of `shape` (height, width) into one part, for a cube that is no training data."""
+        """Put all ground of a grid of `shape` (height, width) into one part, for a cube that is not training data."""
         rows, columns = (-(-size // side) for size, side in zip(shape, block, strict=True))
         return cls(block, np.full((rows, columns), PARTS.index(part), np.int8))
 

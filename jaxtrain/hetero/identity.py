@@ -1,4 +1,4 @@
-"""What replicas of one run must have in common: configuration, data and code, each as a digest."""
+"""Identify a run by what its replicas must have in common: digests of configuration, data and code."""
 
 from __future__ import annotations
 

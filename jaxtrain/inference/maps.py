@@ -94,7 +94,7 @@ class Map:
 
     @property
     def kind(self) -> MapLayers:
-        """What the layers hold: types, values of no data, scale."""
+        """Description of the layers: types, values of no data, scale."""
         scale = self.attributes.get("scale")
         return MapLayers(
             len(self.classes),

@@ -46,7 +46,7 @@ def look(order: dict[str, Any]) -> dict[str, Any]:
 
 
 def pump(source: int, target: int, gone: threading.Event) -> None:
-    """Pass output on; where nobody listens any more, still read it, so that the process can go on to save."""
+    """Pass output on; if nobody listens any longer, still read it, so that the process can continue and save."""
     while True:
         block = os.read(source, 65536)
         if not block:

@@ -54,7 +54,7 @@ class HostOptions:
         """Make the settings from KEY=VALUE options.
 
         Raises:
-            InvalidInput: A key is unknown, or a value is no number.
+            InvalidInput: A key is unknown, or a value is not a number.
         """
         unknown = sorted(set(options) - set(SSH_OPTIONS))
         if unknown:

@@ -60,7 +60,7 @@ class ConfusionMatrix:
         """Count pairs of class indices; a truth outside 0 … K-1 (such as 255) is not labelled and is left out.
 
         Raises:
-            InvalidInput: the shapes differ, or a prediction for a labelled pixel is no class.
+            InvalidInput: the shapes differ, or a prediction for a labelled pixel is not a class.
         """
         truth, prediction = np.asarray(truth), np.asarray(prediction)
         if truth.shape != prediction.shape:

@@ -45,11 +45,11 @@ def partition_specs(tree: Any, mesh: Mesh, rules: Sequence[Rule] = (), *, known:
         tree: Nested dict of arrays or `jax.ShapeDtypeStruct`.
         mesh: Mesh with the axes and their sizes.
         rules: Rules of the user, in order; they must apply.
-        known: further paths that a rule may be meant for, so that it is no mistake if it matches nothing here.
+        known: further paths that a rule may be meant for, so that it need not match anything here.
 
     Raises:
-        InvalidInput: a rule is no regular expression, matches nothing, names no axis of the mesh, or does not fit the
-            parameter; the message names rule, parameter, shape, axis size and reason.
+        InvalidInput: a rule is not a regular expression, matches nothing, names no axis of the mesh, or does not fit
+            the parameter; the message names rule, parameter, shape, axis size and reason.
     """
     compiled = [(_compile(rule), rule) for rule in rules]
     names = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]

@@ -172,7 +172,7 @@ class Ratios:
         return self.alone if mesh.size == mesh.pipe else math.sqrt(self.alone * self.shared)
 
     def exchange_of(self, mesh: MeshConfig) -> float:
-        """Return the ratio for the exchanges of a strategy; what stages hand over is no sum, and keeps its prediction.
+        """Return the ratio for the exchanges of a strategy; 1 for a pipeline, as hand-overs of stages are not sums.
 
         >>> Ratios(1.0, 1.0, 0.5).exchange_of(MeshConfig(data=2)), Ratios(1.0, 1.0, 0.5).exchange_of(MeshConfig(pipe=2))
         (0.5, 1.0)

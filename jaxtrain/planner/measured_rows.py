@@ -73,7 +73,7 @@ class MeasuredRows:
         self._own.clear()
 
     def _drop_old(self) -> None:
-        """Remove rows that no measurement takes up any more, and what a killed one left half written."""
+        """Remove rows that no measurement uses any longer, and rows that a killed one left half written."""
         if self._folder is None:
             return
         for path in [*self._folder.glob("measured-*"), *self._folder.glob(".measured-*")]:

@@ -87,7 +87,7 @@ class Row:
 
     @property
     def corrected(self) -> tuple[str, ...]:
-        """What was changed from the program of a processor to the target's way of doing it, each once."""
+        """Corrections from the program of a processor to that of the target, each once."""
         programs = () if self.facts is None else self.facts.programs
         return tuple(sorted({c.corrected for one in programs for c in one.collectives if c.corrected}))
 

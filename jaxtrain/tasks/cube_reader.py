@@ -64,7 +64,7 @@ class CubeReader:
 
     Raises:
         UnknownName: A name means no collection, band, index or date.
-        InvalidInput: Backscatter is not above 0, so it is no power, and its unit does not say decibels.
+        InvalidInput: Backscatter is not above 0, so it is not power, and its unit does not say decibels.
     """
 
     remedy = BY_BANDS

@@ -44,7 +44,7 @@ def inherit(parent: Path, out: Path, config: TrainConfig, shared: Sharing) -> No
 
 
 def free_generations(folder: StudyFolder, keep: int | None) -> None:
-    """Remove checkpoints of members whose next generation has ended, so that no run continues from them any more.
+    """Remove checkpoints of members whose next generation has ended, so that no run continues from them.
 
     Args:
         folder: A search with a population.

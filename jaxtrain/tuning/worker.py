@@ -203,7 +203,7 @@ def _what_now(
 
 
 def _take(folder: StudyFolder, known: FrozenTrial, held: contextlib.ExitStack) -> bool:
-    """Take over a trial that nobody runs any more."""
+    """Take over a trial that no process runs any longer."""
     try:
         held.enter_context(folder.holding(known.number))
     except Locked:
