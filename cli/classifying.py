@@ -83,7 +83,7 @@ def classify_images(
 def _open(
     session: Session, images: str, bands: Sequence[str], *, skip_bad: bool
 ) -> tuple[SampleSpec, Iterator[Sample], tuple[str, ...]]:
-    """Open a store, or check a folder; returns what the images are, the images, and lines about those left out."""
+    """Open a store, or check a folder; return what the images are, the images, and lines about those left out."""
     from jaxtrain.inference.classify import samples_of
     from zarr_store.samples import is_sample_store, open_samples
 
@@ -101,7 +101,7 @@ def _open(
 
 
 def _write(path: Path, classifier: Classifier, answers: Iterator[Answers], run: Path) -> tuple[dict[str, int], int]:
-    """Write the rows batch by batch; returns the images of each class, and those without data."""
+    """Write the rows batch by batch; return the number of images of each class, and those without data."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 

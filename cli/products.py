@@ -66,7 +66,7 @@ class Products:
             check_pmtiles()
 
     def make(self, session: Session, made: Map, *, time: int = -1) -> dict[str, Any]:
-        """Write the files of a finished map and say what they hold; returns them as JSON.
+        """Write the files of a finished map and say what they hold; return them as JSON.
 
         Args:
             session: The running command.

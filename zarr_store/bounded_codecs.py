@@ -30,7 +30,7 @@ _lock = threading.RLock()
 
 @contextlib.contextmanager
 def bounded_codecs() -> Iterator[None]:
-    """Open arrays within this block, and their chunks are decoded within bounds, also after it.
+    """Bound the decoding of chunks of arrays that are opened within this block, also after it.
 
     Chunks that claim more raise ValueError when they are decoded, as a codec raises it about damaged bytes.
     """

@@ -23,7 +23,7 @@ _FAULTS: tuple[type[Exception], ...] = (*DECODING_FAULTS, FileNotFoundError)
 
 @contextlib.contextmanager
 def decoding(where: str) -> Iterator[None]:
-    """Run a block that opens or decodes an array.
+    """Turn errors of a block that opens or decodes an array into `IntegrityError`.
 
     Args:
         where: The place of the array or group, for people.

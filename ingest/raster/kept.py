@@ -95,7 +95,7 @@ class KeptBytes:
         self.nbytes = 0
 
     def keep_head(self, href: str, head: Head) -> None:
-        """Keep the head of a file, unless it is the whole file: the file would then never be requested again."""
+        """Keep a head, unless the size is unknown or it is the whole file, which would never be requested again."""
         if head.size is None or len(head.data) >= head.size:
             return
         with self._lock:

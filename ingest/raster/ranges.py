@@ -111,7 +111,7 @@ class HeadCache(LruCache[Head]):
         return None if head is None or head.until < time.monotonic() else head
 
     def put(self, key: Hashable, value: Head) -> None:
-        """Store a head, unless it holds the whole file: the file would then never be requested again."""
+        """Store a head, unless the size is unknown or it holds the whole file, which would never be requested again."""
         if value.size is not None and len(value.data) < value.size:
             super().put(key, value)
 

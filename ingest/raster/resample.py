@@ -75,7 +75,7 @@ def axis_ratios(source: Grid, target: Grid) -> tuple[float, float]:
 
 
 def pick_resampling(kind: Literal["data", "class"], source: Grid, target: Grid, wanted: str) -> str:
-    """Choose the kernel for one asset: classes are never interpolated, and coarsening never skips pixels.
+    """Choose the kernel for one asset: classes are never interpolated; coarsening averages, unless "nearest" is wanted.
 
     >>> fine, coarse = (Grid("EPSG:32633", (r, 0, 0, 0, -r, 0), (9, 9)) for r in (10.0, 20.0))
     >>> pick_resampling("data", fine, coarse, "bilinear"), pick_resampling("class", fine, coarse, "bilinear")

@@ -135,7 +135,7 @@ class IngestReport:
 
     @property
     def exit_code(self) -> int:
-        """0 when every shard that was asked for is complete, 3 when something is missing and can be tried again."""
+        """0 if every shard that was asked for is complete, 3 if some are partial or failed."""
         return 3 if self.partial or self.failed else 0
 
     def to_dict(self) -> dict[str, Any]:

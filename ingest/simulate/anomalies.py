@@ -200,7 +200,7 @@ class Planting:
         return joined
 
     def _land(self, one: Planted, classes: npt.NDArray[np.uint8], found: tuple[tuple[slice, slice], Bools]) -> Bools:
-        """Return the covered pixels; a flood is none where there was water before."""
+        """Return the covered pixels; for a flood, without those that were water before."""
         return found[1] & (classes[found[0]] != WATER) if one.kind == "flood" else found[1]
 
     def table(self) -> dict[str, list[Any]]:

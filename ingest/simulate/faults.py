@@ -112,7 +112,7 @@ class Counters:
 
 
 def flip_bits(body: bytes, start: int, size: int) -> bytes:
-    """Flip the bits of a body that begins at byte `start` of a file of `size` bytes."""
+    """Flip a bit of every 1,024th byte in the second half of a file; the body begins at byte `start` of `size`."""
     first = max(size // 2, start)
     first += -first % 1024
     damaged = bytearray(body)

@@ -89,9 +89,9 @@ def smooth(key: int, grid: Grid, cell_m: float) -> F32:
 
 
 def fractal(key: int, grid: Grid, cell_m: float, *, octaves: int, gain: float = 0.5) -> F32:
-    """Sum `octaves` smooth fields, each half as wide and `gain` times as high as the one before; mean 0, variance 1.
+    """Sum `octaves` smooth fields, each half as wide and `gain` times as high as the one before; mean 0.
 
-    Octaves finer than the pixels are left out: they would only be aliases.
+    The variance is 1 with all octaves. Octaves finer than the pixels are left out: they would only be aliases.
     """
     out = np.zeros(grid.shape, np.float32)
     power = 0.0

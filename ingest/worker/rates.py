@@ -39,7 +39,7 @@ class RateLimiter:
         self._lock = threading.Lock()
 
     def take(self, name: str, rate: float, count: int = 1, *, now: float | None = None) -> float:
-        """Reserve the times of `count` requests; returns the seconds to wait for the first of them.
+        """Reserve the times of `count` requests; return the seconds to wait for the first of them.
 
         >>> limiter = RateLimiter()
         >>> [limiter.take("cdse", 5.0, now=100.0) for _ in range(3)]

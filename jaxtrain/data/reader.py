@@ -231,7 +231,7 @@ class WindowReader:
     def _fetch(
         self, rows: Rows, parts: Mapping[str, np.ndarray], known: npt.NDArray[np.bool_] | None = None
     ) -> Callable[[], None]:
-        """Start to fill arrays (B, …, patch, patch) by name; what it returns waits until they are.
+        """Start to fill arrays (B, …, patch, patch) by name, and return a function that waits until they are full.
 
         The status of windows where it is `known` (B,) is not read.
         """

@@ -59,7 +59,7 @@ class AreaEstimates:
 
     @property
     def half_width(self) -> Floats:
-        """Half of the 95 % confidence interval of each area."""
+        """Half the width of the 95 % confidence interval of each area."""
         return _Z95 * self.area_se
 
     def to_dict(self, *, per_unit: float = 1.0, unit: str = "ha") -> dict[str, Any]:

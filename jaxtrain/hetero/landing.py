@@ -76,7 +76,7 @@ class Landing:
 
     @property
     def round(self) -> Round | None:
-        """The round that is under way."""
+        """The round that is under way; None between rounds."""
         return self._round
 
     @property

@@ -295,7 +295,7 @@ class Replica:
                 )
 
     def share_of(self, count: int) -> tuple[int, int]:
-        """Return (first, stop) of the pieces of work, of `count`, for this replica, by the last shares."""
+        """Return (start, stop) of this replica's part of `count` pieces of work, by the last shares."""
         members = self.member.members
         weights = np.array([self._shares.get(name, 0) for name in members], np.float64)
         if not weights.sum():
@@ -347,7 +347,7 @@ class Replica:
 
 
 def _flatten(arrays: Mapping[str, np.ndarray]) -> dict[str, float]:
-    """Return the numbers of arrays by name, shape and place; zeros are left out, but for the first of each."""
+    """Return the numbers of arrays by name, shape and place; zeros are left out, except at the first place."""
     flat = {}
     for name, array in arrays.items():
         shape = ",".join(map(str, np.shape(array)))

@@ -228,7 +228,10 @@ def _gpus_are_divided(env: Mapping[str, str]) -> bool:
 
 
 def _tasks_here(env: Mapping[str, str]) -> int | None:
-    """Return the number of tasks of this node; SLURM_STEP_TASKS_PER_NODE is like "2(x3),1" for nodes 0, 1, 2 and 3."""
+    """Return the number of tasks of this node; None if SLURM does not say.
+
+    SLURM_STEP_TASKS_PER_NODE is like "2(x3),1" for nodes 0, 1, 2 and 3.
+    """
     counts: list[int] = []
     for part in env.get("SLURM_STEP_TASKS_PER_NODE", "").split(","):
         if found := re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part.strip()):

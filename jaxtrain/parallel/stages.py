@@ -69,7 +69,7 @@ class Layout:
 
     @property
     def after(self) -> tuple[int | None, ...]:
-        """For each part the one that takes its results."""
+        """For each part the one that takes its results; None for the last."""
         return tuple(part.after for part in self.parts)
 
     @property

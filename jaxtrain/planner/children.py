@@ -166,7 +166,7 @@ def _code(here: Path) -> Iterable[Path]:
 
 
 def _kept(place: Path | None, limit: float | None) -> Answer | None:
-    """Return the answer kept from before; none if it is a bound and this limit lets the strategy be compiled."""
+    """Return the answer kept from before; None without one, or if it is a bound below this limit."""
     if place is None:
         return None
     try:

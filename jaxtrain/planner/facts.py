@@ -120,7 +120,7 @@ class Facts:
 
     @property
     def takers(self) -> tuple[int | None, ...]:
-        """For each part the one that takes its results."""
+        """For each part the one that takes its results; None for the last."""
         return self.after or (*range(1, self.parts), None)
 
     def to_dict(self) -> dict[str, Any]:

@@ -156,7 +156,7 @@ class Survey:
 
     @property
     def choice(self) -> Row | None:
-        """The strategy to take: the quickest that fits, and the plainest of those that are as quick."""
+        """The strategy to take: the quickest that fits, the plainest of those as quick; None if none fits."""
         fitting = [row for row in self.rows if row.fits]
         if not fitting:
             return None
@@ -231,7 +231,7 @@ def survey_run(
 
 
 def _alone(network: Network, devices: int) -> list[Candidate]:
-    """Return one device with its share of the windows, the reference of efficiency; none where it is impossible."""
+    """Return one device with its share of the windows, the reference of efficiency; none where it cannot be."""
     size = network.config.run.batch_size
     run = network.config.run.model_copy(update={"batch_size": max(1, size // devices)})
     made = with_mesh(network.config.model_copy(update={"run": run}), {"data": 1})

@@ -139,7 +139,7 @@ class CheckpointStore:
         return self.path(step)
 
     def begin(self, step: int, state: Any, extra: Mapping[str, Any]) -> None:
-        """Copy the arrays and write them in the background, so that training continues; waits for the previous save.
+        """Copy the arrays and write them in the background, so that training continues; wait for the previous save.
 
         After this returns the state may be donated. All processes call it at the same step.
 

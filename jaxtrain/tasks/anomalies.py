@@ -292,13 +292,13 @@ def _open_usual(
 
 
 def _shown(options: AnomalyOptions) -> Shows:
-    """Return what a network makes of a cube: what it cannot reconstruct is unusual, and what its code says is new."""
+    """Return which output of a network is scored: the residual of its reconstruction, or its code."""
     # of a change, most is reconstructed; the code has it without the noise of single pixels
     return "residual" if options.method == "autoencoder" and options.dates != "change" else "code"
 
 
 def _pictured(table: Table) -> Table:
-    """Return the table of the bands that a network has looked at; any other as it is."""
+    """Return the table of the bands that a network reads; any other table as it is."""
     if isinstance(table, CubeTable) and isinstance(table.reader, NetworkReader):
         return CubeTable(table.reader.plain, table.dates)
     return table
@@ -455,7 +455,7 @@ def _dates(table: Table) -> str:
 
 
 def _empty(out: str, options: AnomalyOptions) -> AnomalyResult:
-    """Return the result of a process that only helps: it has no numbers of its own."""
+    """Return the result of a process that only helps another one: it has no numbers of its own."""
     return AnomalyResult(out, options.method, float("nan"), "", options.rate, 0, 0, 0, (), 0, (), "", float("nan"),
                          0.0, ())  # fmt: skip
 

@@ -66,7 +66,7 @@ class ScoreStore:
             yield rows, scores, ids
 
     def flag(self, threshold: float) -> tuple[int, int]:
-        """Write the mask; returns the number of flagged rows and of scored rows."""
+        """Write the mask, and return the number of flagged rows and of scored rows."""
         flagged = scored = 0
         for rows, scores, _ in self.strips():
             seen = np.isfinite(scores)

@@ -60,7 +60,7 @@ class TableRef:
 
     @classmethod
     def of(cls, table: Table) -> TableRef:
-        """Return the reference to a table, which this process need not open again."""
+        """Return the reference to a table, and keep the table open among the last ones of this process."""
         ref = cls(json.dumps(table.description, default=list, sort_keys=True), table.digest)
         with _LOCK:
             _OPEN[ref.description] = table

@@ -153,7 +153,7 @@ class StudyFolder:
 
     @contextlib.contextmanager
     def asking(self) -> Iterator[None]:
-        """Hold the right to count and to begin trials; waits for others of this search."""
+        """Hold the right to count and to begin trials; wait while another process of this search has it."""
         until = time.monotonic() + _PATIENCE_S
         with contextlib.ExitStack() as held:
             while True:
