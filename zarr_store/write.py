@@ -36,7 +36,7 @@ __all__ = ["PackedShard", "ShardWriter", "not_finite", "shard_key"]
 
 
 class ShardWriter:
-    """Fills whole shards of one collection. Pickles as its arguments and opens the arrays where it lands.
+    """Writer of whole shards of one collection. It pickles as its arguments, and opens the arrays in its new process.
 
     Args:
         url: The cube.

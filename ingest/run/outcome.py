@@ -46,7 +46,7 @@ class IngestEvent:
 
 @dataclass(frozen=True)
 class IngestReport:
-    """What a run made, shard by shard.
+    """The result of a run, shard by shard.
 
     Attributes:
         cube: Path or URL of the cube.

@@ -34,7 +34,7 @@ _HTML_HEAD = re.compile(r"\s*(<!DOCTYPE|<html)", re.IGNORECASE)
 
 @dataclass
 class RunRecord:
-    """What a run tells the report about its cluster; give an empty one to `run` or `extend`, which fill it.
+    """Facts about the cluster of a run, for the report; give an empty record to `run` or `extend`, which fill it.
 
     Attributes:
         plan: The plan that was run; for an extension, the merged plan.

@@ -137,7 +137,7 @@ def _with_versions(outcome: SourceOutcome, versions: Mapping[tuple[str, str], st
 
 
 class _Notes:
-    """What reading has shown of the files of a shard; bands are read by several threads.
+    """Facts about the files of a shard that reading has shown; several threads read its bands.
 
     Attributes:
         pixels: Number of pixels that were read from files.
