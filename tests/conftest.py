@@ -88,7 +88,7 @@ MOST_WRITTEN = 3 << 30
 
 
 def keep_compiled() -> None:
-    """What JAX compiles is kept in the virtual environment: for all test processes, their children and later runs.
+    """Keep what JAX compiles in the virtual environment, for all test processes, their children and later runs.
 
     A killed child may leave half a program, which JAX would find broken in every later run: those go at the start.
     Programs are for one compiler and one processor, which is part of the folder's name.
@@ -125,7 +125,7 @@ def drop_broken(folder: Path) -> None:
 
 
 def write_to_memory() -> None:
-    """Folders of tests lie in memory where there is room: every write of a cube waits for its disk, 10 ms each time.
+    """Put the folders of tests into memory if there is room: on a disk, every write of a cube waits 10 ms.
 
     What waits is no part of a result. That writes are made durable, and in which order, is tested by the system calls.
     """
@@ -145,7 +145,7 @@ gc.set_threshold(20_000, 20, 20)
 
 
 def pytest_collection_finish() -> None:
-    """What importing the tests has made stays: it is no longer searched for garbage."""
+    """Exclude the objects that importing the tests has made from garbage collection: they stay."""
     gc.collect()
     gc.freeze()
 
@@ -155,7 +155,7 @@ SHARED = "of all tests"
 
 
 def state_of_process() -> dict[str, Any]:
-    """What a module of tests could leave to the next one in this process."""
+    """Return the state that a module of tests could leave to the next one in this process."""
     state: dict[str, Any] = {
         f"environment variable {name}": value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"
     }
@@ -175,7 +175,7 @@ def state_of_process() -> dict[str, Any]:
 
 @pytest.fixture(scope="module", autouse=True)
 def _process_is_left_as_it_was() -> Iterator[None]:
-    """A module of tests leaves nothing in this process that could decide how another one ends."""
+    """Check that a module of tests leaves nothing in this process that could change the result of another one."""
     before = state_of_process()
     yield
     after = state_of_process()
@@ -186,7 +186,7 @@ def _process_is_left_as_it_was() -> Iterator[None]:
 
 @pytest.fixture
 def environment_given_back() -> Iterator[None]:
-    """What a test or a library in it changes in the environment is undone."""
+    """Undo what a test, or a library in it, changes in the environment."""
     before = dict(os.environ)
     yield
     for name in os.environ.keys() - before.keys():
@@ -199,7 +199,7 @@ DOT = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNgAAAAAgABSK+kc
 
 @pytest.fixture
 def figures_unpainted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Put a dot in place of each figure of a report where no test looks: to paint them takes longer than to train."""
+    """Replace each figure of a report by a dot if no test looks at it: drawing takes longer than training."""
     for name in ("_curves", "_confusion", "_split_map", "draw_tiles", "draw_shown"):
         monkeypatch.setattr(f"jaxtrain.evaluation.report.{name}", lambda *_, **__: None)
     monkeypatch.setattr("jaxtrain.evaluation.report._png", lambda _figure: DOT)

@@ -37,7 +37,7 @@ class Outcome:
 
 @pytest.fixture
 def run(capfd: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
-    """`run("info", path)` is `terrashard info path`."""
+    """Return a function that runs a command: `run("info", path)` is `terrashard info path`."""
 
     def call(*arguments: object) -> Outcome:
         capfd.readouterr()

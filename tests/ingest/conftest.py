@@ -175,7 +175,7 @@ def local_client() -> Iterator[Any]:
 
 @pytest.fixture(scope="session")
 def zagreb_plan(zagreb: Path) -> Any:
-    """The issue's command on the real scenes, in shards that are cut inside the scenes."""
+    """The plan of the real scenes, in shards that are cut inside the scenes."""
     from ingest.plan.making import plan_scenes
     from ingest.plan.probe import probe_scenes
     from ingest.request.config import IngestConfig

@@ -161,7 +161,7 @@ _PROGRAMS: dict[Any, Any] = {}
 def share_programs(patch: pytest.MonkeyPatch) -> None:
     """Let trainings with the same settings and statistics share their program and its compiled steps.
 
-    Only for tests of what befalls a run between its steps; nothing inside a step may be patched.
+    Only for tests of what happens to a run between its steps; nothing inside a step may be patched.
     """
     names = ("program_of", "make_train_step", "make_eval_step", "make_predict_step")
     make = {name: getattr(loop, name) for name in names}
