@@ -130,7 +130,7 @@ def draw_preview(thumbnails: Sequence[Thumbnail], out: Path, *, width: int) -> d
 
 def _save(image: Image.Image, path: Path) -> None:
     packed = io.BytesIO()
-    image.save(packed, format="PNG", optimize=True)
+    image.save(packed, format="PNG")
     write_file(path, packed.getvalue())
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import hashlib
+import importlib
 import logging
 import os
 import platform
@@ -142,6 +143,27 @@ write_to_memory()
 # As the command does for its own process: tracing makes many objects that stay, and Python looks through them again
 # and again for circular garbage.
 gc.set_threshold(20_000, 20, 20)
+
+
+LIBRARIES = (
+    "scipy.stats", "scipy.ndimage", "matplotlib.pyplot", "hypothesis", "optuna",
+    "jax", "flax.nnx", "optax", "orbax.checkpoint", "asyncssh", "boto3",
+    "distributed", "pandas", "dask.array", "xarray", "zarr", "pystac_client", "stackstac", "rioxarray", "rich.table",
+)  # fmt: skip
+"""What the tests import, so that each third takes about as long to parse."""
+
+
+def pytest_collection() -> None:
+    """Begin with other libraries in each process: in a fresh environment all would parse the same ones side by side.
+
+    So each parses some, and finds the bytecode of the others.
+    """
+    number = os.environ.get("PYTEST_XDIST_WORKER", "").removeprefix("gw")
+    if number.isdecimal():
+        first = len(LIBRARIES) * int(number) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+        for name in LIBRARIES[first:] + LIBRARIES[:first]:
+            with contextlib.suppress(ImportError):  # what is not installed, a test says itself
+                importlib.import_module(name)
 
 
 def pytest_collection_finish() -> None:

@@ -28,7 +28,7 @@ CATALOGUE = "../shared/data/scenes/zagreb/catalog.json"
 SMALL_WORLD = ("--set", "tile_px=256", "--set", "overlap_px=32", "--set", "radar_dates=[]")
 SHORT = tuple(
     word
-    for text in ("run.steps=60", "run.batch_size=8", "model.width=8", "model.depth=1", "optim.warmup_steps=5",
+    for text in ("run.steps=60", "run.batch_size=4", "model.width=8", "model.depth=1", "optim.warmup_steps=5",
                  "data.split.block_m=640")
     for word in ("--set", text)
 )  # fmt: skip
@@ -141,7 +141,7 @@ def test_the_walk_with_real_scenes_as_typed(
 
     # ---- train, shortened; the same command again has nothing left to do
     train = "terrashard train examples/zagreb_scl.toml --out runs/zagreb"
-    small = ("run.steps=40", "optim.warmup_steps=4", "model.width=8", "model.depth=1")
+    small = ("run.steps=40", "run.batch_size=4", "optim.warmup_steps=4", "model.width=8", "model.depth=1")
     short = (*(word for text in small for word in ("--set", text)), "--json")
     trained = type_in(train, *short)
     assert trained.code == 0, trained.err
