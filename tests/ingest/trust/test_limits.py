@@ -550,18 +550,19 @@ def test_a_parquet_file_of_much_more_than_its_size_is_refused(tmp_path: Path, ki
     import pyarrow.parquet as pq
 
     path = tmp_path / "items.parquet"
-    rows, text = (20_000, "x" * (1 << 17)) if kind == "dictionary" else (3_000, "x" * (1 << 19))
-    noise = np.zeros(rows, np.int32)
+    # in groups of few rows where each row is written: the writer first makes a group as a whole
+    rows, text, group = (20_000, "x" * (1 << 17), 20_000) if kind == "dictionary" else (3_000, "x" * (1 << 19), 100)
     table = pa.table(
         {
-            "id": pa.array([""] * rows),
-            "assets": pa.DictionaryArray.from_arrays(pa.array(noise), pa.array([text])),
-            "geometry": pa.array([b""] * rows, pa.binary()),
+            "id": pa.array([""] * group),
+            "assets": pa.DictionaryArray.from_arrays(pa.array(np.zeros(group, np.int32)), pa.array([text])),
+            "geometry": pa.array([b""] * group, pa.binary()),
         }
     )
-    pq.write_table(
-        table, path, compression="zstd", use_dictionary=kind == "dictionary", row_group_size=rows, store_schema=False
-    )
+    options: dict[str, Any] = {"use_dictionary": kind == "dictionary", "store_schema": False}
+    with pq.ParquetWriter(path, table.schema, compression="zstd", **options) as writer:
+        for _ in range(rows // group):
+            writer.write_table(table, row_group_size=group)
     del table
     assert path.stat().st_size < 4 << 20
     setup = "from ingest.scenes.geoparquet import read_items"
