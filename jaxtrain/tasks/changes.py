@@ -182,7 +182,9 @@ def find_changes(
     table = CubeTable(reader)
     _check_dates(reader, options.model)
     report = on_progress or (lambda step, done, total: None)
-    folder = TaskFolder(str(out), "change", {"data": table.digest, "options": asdict(options)}) if leads else None
+    # dates of these are other numbers than those of earlier releases, whose beginnings are not continued
+    request = {"data": table.digest, "options": asdict(options), "dates": 2}
+    folder = TaskFolder(str(out), "change", request) if leads else None
     with folder if folder is not None else nullcontext():
         state: dict[str, Any] = workers.share(folder.state if folder else {})
         done = int(state.get("done", 0))
