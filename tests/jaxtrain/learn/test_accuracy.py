@@ -65,8 +65,8 @@ def test_patches_of_unseen_cells_are_told_apart(
         assert len(report["classes"]) == 5
     short = settings(
         stores[0], data__jitter=0.05, data__zoom=0, model__width=12, model__blocks="[1, 1, 1]", model__turns="false",
-        optim__warmup_steps=30, optim__ema=0.95, run__steps=240, run__batch_size=32, run__evaluate_every=240,
-        run__checkpoint_every=240,
+        optim__warmup_steps=30, optim__ema=0.95, run__steps=120, run__batch_size=32, run__evaluate_every=120,
+        run__checkpoint_every=120,
     )  # fmt: skip
     run(capsys, "train", str(ROOT / "examples/eurosat.toml"), "--out", str(tmp_path / "run"), *short)
     own = run(capsys, "evaluate", str(tmp_path / "run"))
