@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any, NamedTuple
@@ -15,11 +16,51 @@ import jax  # noqa: E402
 import numpy as np  # noqa: E402
 import optax  # noqa: E402
 import pytest  # noqa: E402
+from jax._src import compilation_cache  # noqa: E402
+from jax._src.config import compilation_cache_dir  # noqa: E402
 
 from jaxtrain.config import TrainConfig  # noqa: E402
 from jaxtrain.learn.state import Program, TrainState, build_program  # noqa: E402
 from jaxtrain.learn.step import TrainStep, make_train_step  # noqa: E402
 from jaxtrain.parallel.mesh import make_mesh  # noqa: E402
+
+MOST_LOADED = 64
+"""Compiled programs that a process keeps at hand, beside those that are in use."""
+
+
+def load_once() -> None:
+    """A program that this process has compiled or loaded is not read from its file again, which takes 50 ms each time.
+
+    Only programs in the folder of all tests: a test with a folder of its own looks at what is in there.
+    """
+    read, write = compilation_cache.get_executable_and_time, compilation_cache.put_executable_and_time
+    loaded: OrderedDict[str, Any] = OrderedDict()  # threads of a test may use it
+    folder = os.environ["JAX_COMPILATION_CACHE_DIR"]
+
+    def keep(key: str, program: Any, seconds: Any) -> None:
+        loaded[key] = (program, seconds)
+        while len(loaded) > MOST_LOADED:
+            loaded.popitem(last=False)
+
+    def get(cache_key: str, compile_options: Any, backend: Any, executable_devices: Any) -> tuple[Any, int | None]:
+        if compilation_cache_dir.value != folder:
+            return read(cache_key, compile_options, backend, executable_devices)
+        found = loaded.get(cache_key)
+        if found is None:
+            found = read(cache_key, compile_options, backend, executable_devices)
+            if found[0] is not None:
+                keep(cache_key, *found)
+        return found
+
+    def put(cache_key: str, module_name: str, executable: Any, backend: Any, compile_time: int) -> None:
+        write(cache_key, module_name, executable, backend, compile_time)
+        if compilation_cache_dir.value == folder:
+            keep(cache_key, executable, compile_time)
+
+    compilation_cache.get_executable_and_time, compilation_cache.put_executable_and_time = get, put
+
+
+load_once()
 
 CHANNELS, CLASSES, SIDE, BATCH, STEPS = 3, 4, 32, 8, 5
 MEAN, STD = np.full(CHANNELS, 2500.0), np.full(CHANNELS, 1400.0)
@@ -32,7 +73,7 @@ def _strict_promotion() -> Iterator[None]:
         yield
 
 
-PAINTED = ("evaluation", "models", "test_api.py", "test_cubes.py", "test_samples.py")
+PAINTED = ("test_report.py", "test_figures.py", "models", "test_api.py", "test_cubes.py", "test_samples.py")
 """Folders and files whose tests look at reports with their figures, of classes, values, images, series and cubes."""
 
 
