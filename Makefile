@@ -58,7 +58,7 @@ check: $(STAMP)  ## format, lint, types, spelling, layers
 
 .PHONY: check-types check-rest
 check-types: $(STAMP)
-	$(BIN)/mypy
+	$(BIN)/mypy --num-workers 2
 
 check-rest: $(STAMP)
 	$(BIN)/ruff format --check .
