@@ -5,7 +5,8 @@
     "optim.name" = ["adamw", "sgd"]
     "optim.momentum" = { low = 0.8, high = 0.99, when = { "optim.name" = "sgd" } }
 
-A key may name any setting of a run. A list gives choices, of any value that TOML has; `when` makes a part conditional.
+A key may name any setting of a run. A list gives choices: numbers, texts, true or false, lists and tables. Dates
+and times are refused, as no setting has such a value. `when` makes a part conditional.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from types import UnionType
+from typing import Annotated, Any, Union, get_args, get_origin
 
 import optuna
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
@@ -263,9 +265,10 @@ def _field(name: str, where: str) -> Any:
     model: Any = TrainConfig
     parts = name.split(".")
     for number, part in enumerate(parts):
-        if not (isinstance(model, type) and issubclass(model, BaseModel)):
+        if _is_table(model):
             return Any  # an entry of a table such as data.classes, which is checked when a trial begins
-        info = model.model_fields.get(part)
+        is_section = isinstance(model, type) and issubclass(model, BaseModel)
+        info = model.model_fields.get(part) if is_section else None  # a plain setting has no settings below it
         if info is None:
             every = _names(TrainConfig)
             near = difflib.get_close_matches(name, every, n=1, cutoff=0.5)
@@ -278,6 +281,14 @@ def _field(name: str, where: str) -> Any:
             return Annotated[(info.annotation, *info.metadata)] if info.metadata else info.annotation
         model = info.annotation
     raise AssertionError(name)
+
+
+def _is_table(kind: Any) -> bool:
+    """Return whether a setting of this type, or of this type or none, takes keys of any name."""
+    origin = get_origin(kind) or kind
+    if isinstance(origin, type) and issubclass(origin, Mapping):
+        return True
+    return kind is Any or (origin in (Union, UnionType) and any(map(_is_table, get_args(kind))))
 
 
 def _names(model: type[BaseModel], above: str = "") -> list[str]:
@@ -300,6 +311,10 @@ def _takes(field: Any, value: Any) -> str | None:
 
 
 def _check_value(field: Any, value: Any, what: str) -> None:
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError) as error:
+        raise InvalidInput(f"{what} {_text(value)} is not legal: no setting has a date or time as its value") from error
     why = _takes(field, value)
     if why is not None and not (value == "none" and _takes(field, None) is None):
         raise InvalidInput(f"{what} {_text(value)} is not legal: {why[:1].lower()}{why[1:]}")
@@ -313,7 +328,7 @@ def _setting(config: TrainConfig, name: str) -> Any:
 
 
 def _text(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, sort_keys=True)
+    return json.dumps(value, ensure_ascii=False, sort_keys=True, default=str)
 
 
 def trial_config(settings: Mapping[str, Any], values: Mapping[str, Any], *, where: str) -> TrainConfig:
@@ -333,5 +348,7 @@ def trial_config(settings: Mapping[str, Any], values: Mapping[str, Any], *, wher
         inner = tables
         for part in above:
             inner = inner.setdefault(part, {})
+            if not isinstance(inner, dict):
+                raise InvalidInput(f"{where}: {name} cannot be set, as {part} is no table: {_text(inner)[:200]}")
         inner[last] = value
     return build(TrainConfig, tables, where=where)

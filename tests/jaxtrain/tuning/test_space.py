@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import tomllib
+from collections.abc import Mapping
+from typing import Any
+
 import optuna
 import pytest
 
 from jaxtrain.config import TrainConfig
 from jaxtrain.tuning.plan import check_search
-from jaxtrain.tuning.space import parse_space, trial_config
+from jaxtrain.tuning.space import _is_table, parse_space, trial_config
 from zarr_store.errors import InvalidInput
 
 BASE = TrainConfig.model_validate({"data": {"cube": "none.zarr"}})
@@ -77,6 +81,45 @@ def test_a_wrong_space_is_one_line_with_the_way_out(space, message):
     with pytest.raises(InvalidInput, match=message) as caught:
         parse_space(space, BASE)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ('"optim.name" = [2023-01-01]', r'space: optim.name = "2023-01-01" is not legal: no setting has a date or time'),
+    ('"data.bands" = [["red", 10:30:00]]', r'data.bands = \["red", "10:30:00"\] is not legal: no setting has a date'),
+    ('"data.colours.water" = [2023-01-01T00:00:00Z]', "data.colours.water = .* no setting has a date or time"),
+    ('"optim.ema" = { low = 0.1, high = 0.9, when = { "optim.name" = 2023-01-01 } }',
+     'the condition of optim.ema, optim.name = "2023-01-01" is not legal: no setting has a date'),
+    ('"optim.ema" = { low = 0.1, high = 0.9, when = { "optim.name" = 2023-01-01 } }\n"optim.name" = ["adamw", "sgd"]',
+     'optim.ema waits for optim.name = "2023-01-01", which is none of its choices'),
+    ('"optim.ema" = { low = 2023-01-01, high = 0.9 }', r"optim.ema.low expects a number, got datetime.date"),
+    ('"optim.ema" = 2023-01-01', "is one value: expected a list"),
+])  # fmt: skip
+def test_dates_and_times_are_refused_wherever_they_stand(text, message):
+    with pytest.raises(InvalidInput, match=message):
+        parse_space(tomllib.loads(text), BASE)
+
+
+@pytest.mark.parametrize("space", [
+    {"optim.name.x": [1, 2]},
+    {"optim": {"name": {"x": [1, 2]}}},
+    {"data.bands.first": ["red", "nir"]},
+    {"optim.ema": {"low": 0.1, "high": 0.9, "when": {"optim.name.x": 1}}},
+])  # fmt: skip
+def test_a_setting_below_a_plain_one_is_unknown(space):
+    with pytest.raises(InvalidInput, match=r"unknown setting '(optim.name.x|data.bands.first)': did you mean"):
+        parse_space(space, BASE)
+
+
+def test_entries_of_tables_may_be_named():
+    space = parse_space({"data.colours.water": ["#0000ff", "#000080"]}, BASE)
+    assert [one.name for one in space.parameters] == ["data.colours.water"]
+    assert _is_table(dict[str, int] | None)
+    assert _is_table(Mapping[str, int])
+    assert _is_table(Any)
+    assert not any(map(_is_table, (str, int | None, tuple[str, ...])))
+    tables = {"data": {"cube": "none.zarr", "colours": {"water": "#0000ff"}}}
+    with pytest.raises(InvalidInput, match=r'trial 3: data.colours.water.x cannot be set, as water is no table: "#00'):
+        trial_config(tables, {"data.colours.water.x": 1}, where="trial 3")
 
 
 def test_samplers_and_pruners_that_cannot_serve_a_space():
