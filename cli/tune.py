@@ -93,22 +93,15 @@ def register(app: typer.Typer) -> None:
         Trials that differ only in numbers share data and compiled programs. The score is of the validation part; the
         test part is used once, to compare the best with the defaults.
         """
-        from cli.tuning import open_search, read_population, run_search, show_search
+        from cli.tuning import choose_limits, open_search, read_population, run_search, show_search
 
         together = read_population(population)
         folder = open_search(
             session, what, space=space, out=out, score=score, sampler=sampler, pruner=pruner, folds=folds, seed=seed,
             storage=storage, members=members,
         )  # fmt: skip
-        from jaxtrain.tuning.rungs import count_begun  # open_search has reported it if Optuna is not installed
-        from jaxtrain.tuning.worker import Budget
-
         if show:
             show_search(session, folder)
             return
-        if extend is not None:
-            trials = count_begun(folder.trials()) + extend
-        limits = Budget(trials, None if hours is None else 3600 * hours, steps)
-        if trials is None and hours is None and steps is None and not folder.plan.members:
-            limits = Budget(count_begun(folder.trials()) or 50, None, None)
+        limits = choose_limits(session, folder, trials=trials, hours=hours, steps=steps, extend=extend)
         run_search(session, folder, limits, jobs=jobs, dask=dask, seeds=seeds, population=together)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from jaxtrain.tuning.study import StudyFolder
     from jaxtrain.tuning.worker import Budget, TrialNews
 
-__all__ = ["open_search", "read_population", "run_search", "show_search"]
+__all__ = ["choose_limits", "open_search", "read_population", "run_search", "show_search"]
 
 _OF_PLAN = ("score", "sampler", "pruner", "folds", "seed", "storage", "space", "out", "members")
 
@@ -50,6 +50,40 @@ def open_search(session: Session, what: Path, *, space: Path | None, out: Path |
     if missing or space is None or out is None:
         raise InvalidInput(f"a new search needs {' and '.join(missing)}")
     return begin_search(config, space, out, on_warning=session.warn, **options)
+
+
+def choose_limits(
+    session: Session, folder: StudyFolder, *, trials: int | None, hours: float | None, steps: int | None,
+    extend: int | None,
+) -> Budget:  # fmt: skip
+    """Return the limits of a command; those of the last command that gave any, if this one gives none.
+
+    The study keeps them (user attribute `budget`), so that a search that was interrupted continues to the same end.
+    """
+    from jaxtrain.tuning.rungs import count_begun
+    from jaxtrain.tuning.worker import Budget
+
+    study, begun = folder.study(), count_begun(folder.trials())
+    if extend is not None:
+        trials = begun + extend
+    known = study.user_attrs.get("budget")
+    if trials is not None or hours is not None or steps is not None:
+        limits = {"trials": trials, "hours": hours, "steps": steps}
+    elif known is not None:
+        limits = {name: known.get(name) for name in ("trials", "hours", "steps")}
+        shown = ", ".join(f"--{name} {value}" for name, value in limits.items() if value is not None)
+        session.note(f"limits of the last command: {shown}")
+    elif folder.plan.members:
+        return Budget()
+    elif begun:
+        session.warn(f"{folder.path} keeps no limits, as an earlier release began it; no further trial begins: give "
+                     "--trials, --hours or --steps, or --extend N to run N more trials")  # fmt: skip
+        return Budget(begun)
+    else:
+        limits = {"trials": 50, "hours": None, "steps": None}
+    if limits != known:
+        study.set_user_attr("budget", limits)
+    return Budget(limits["trials"], None if limits["hours"] is None else 3600 * limits["hours"], limits["steps"])
 
 
 def read_population(text: str) -> int | None:

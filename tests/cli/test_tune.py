@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tomli_w
@@ -49,6 +50,58 @@ def test_a_search_is_begun_shown_and_extended(run: Callable[..., Outcome], files
     refused = run("tune", tmp_path / "s", "--sampler", "tpe")
     assert refused.code == 2
     assert "is a search with a plan of its own: leave out --sampler" in refused.err
+
+
+def test_an_interrupted_search_continues_to_the_same_end(
+    run: Callable[..., Outcome], files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from jaxtrain.tuning import worker
+    from zarr_store.errors import Preempted
+
+    begin = ("tune", files / "c.toml", "--space", files / "space.toml", "--out", tmp_path / "s", "--sampler", "random",
+             "--pruner", "none", "--seeds", 0)  # fmt: skip
+    real = worker.run_trial
+
+    def stopped(folder: Any, space: Any, trial: Any, *args: Any, **more: Any) -> Any:
+        if trial.number == 1:
+            raise Preempted("stopped")
+        return real(folder, space, trial, *args, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(worker, "run_trial", stopped)
+        assert run(*begin, "--trials", 3).code == Preempted.exit_code
+    again = run("tune", tmp_path / "s", "--seeds", 0, "--json")
+    assert [row["state"] for row in again.json["trials"]] == ["complete"] * 3
+    assert "limits of the last command: --trials 3" in again.err
+    assert len(run(*begin, "--json").json["trials"]) == 3  # all of them have ended
+
+
+def test_a_command_without_limits_has_those_of_the_last_one(
+    run: Callable[..., Outcome], files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from jaxtrain.tuning.study import StudyFolder
+    from jaxtrain.tuning.worker import Budget
+
+    asked: list[Budget] = []
+    monkeypatch.setattr("cli.tuning.run_search", lambda session, folder, limits, **more: asked.append(limits))
+    study = tmp_path / "s"
+    begin = ("tune", files / "c.toml", "--space", files / "space.toml", "--out", study, "--pruner", "none")
+    for arguments, expected in (
+        (begin, Budget(50)),
+        (("tune", study, "--hours", 2, "--steps", 900), Budget(None, 7200.0, 900)),
+        (("tune", study), Budget(None, 7200.0, 900)),
+        (begin, Budget(None, 7200.0, 900)),
+        (("tune", study, "--extend", 7), Budget(7)),
+        (("tune", study), Budget(7)),
+    ):
+        assert run(*arguments).code == 0
+        assert asked[-1] == expected, arguments
+    earlier = StudyFolder.open(study).study()
+    earlier.set_user_attr("budget", None)  # as an earlier release left it
+    earlier.ask()
+    shown = run("tune", study)
+    assert asked[-1] == Budget(1)
+    assert "keeps no limits, as an earlier release began it; no further trial begins: give --trials" in shown.err
 
 
 @pytest.mark.parametrize(
