@@ -63,6 +63,7 @@ def choose_limits(
     from jaxtrain.tuning.rungs import count_begun
     from jaxtrain.tuning.worker import Budget
 
+    limits: dict[str, Any]
     study, begun = folder.study(), count_begun(folder.trials())
     if extend is not None:
         trials = begun + extend
