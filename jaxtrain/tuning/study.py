@@ -33,6 +33,7 @@ from zarr_store.errors import IntegrityError, InvalidInput, Locked
 from zarr_store.folder import FolderStore
 from zarr_store.keys import refuse_links
 from zarr_store.lock import CubeLock
+from zarr_store.temporary import is_temporary
 
 __all__ = ["FINISHED", "PLAN", "StudyFolder", "is_study", "toml_tables"]
 
@@ -76,13 +77,17 @@ class StudyFolder:
                     f"continue this one with: terrashard tune {path}"
                 )
             return known
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        texts = {
+            name: tomli_w.dumps(toml_tables(tables)).encode()
+            for name, tables in (("config.toml", plan.settings), ("space.toml", plan.space))
+        }
+        if path.exists() and not (path.is_dir() and all(_is_of_beginning(entry, texts) for entry in path.iterdir())):
             raise InvalidInput(f"{path} exists and holds no search; nothing was changed: give a new or empty folder")
         folder = cls(path, plan)
         folder.study()  # a database that does not answer leaves nothing behind
         store = FolderStore(path.absolute())
-        store.write("config.toml", tomli_w.dumps(toml_tables(plan.settings)).encode())
-        store.write("space.toml", tomli_w.dumps(toml_tables(plan.space)).encode())
+        for name, text in texts.items():
+            store.write(name, text)
         store.write(PLAN, json.dumps(plan.to_dict(), indent=1, ensure_ascii=False).encode())
         return folder
 
@@ -134,12 +139,12 @@ class StudyFolder:
             )  # fmt: skip
             key = study.user_attrs.get("search")
             if key is None:
-                study.set_user_attr("search", self.plan.key())
                 study.set_metric_names([self.plan.score])
+                study.set_user_attr("search", self.plan.key())  # last: what was interrupted before is done again
             elif key != self.plan.key():
                 raise InvalidInput(
-                    f"the study {self.plan.name!r} in the database is of another search: give --out another name, "
-                    "which names the study"
+                    f"the study {self.plan.name!r} that was begun before is of another search: give --out another "
+                    "name, which names the study"
                 )
         return study
 
@@ -196,6 +201,22 @@ class StudyFolder:
         """Write a file of the search, at once."""
         FolderStore(self.path.absolute()).write(name, data)
         return self.path / name
+
+
+def _is_of_beginning(entry: Path, texts: Mapping[str, bytes]) -> bool:
+    """Return whether the beginning of a search, which was interrupted, left an entry of a folder.
+
+    Args:
+        entry: The entry.
+        texts: Files that the search writes first, and their bytes: a person's own file has others, and stays.
+    """
+    if entry.name.startswith(_JOURNAL):  # the journal itself, and a link that is Optuna's lock
+        return entry.is_file() or entry.is_symlink()
+    if entry.is_symlink() or not entry.is_file():
+        return False
+    if entry.name in texts:
+        return read_file(entry, MOST_JSON_BYTES) == texts[entry.name]
+    return is_temporary(entry.name) and entry.name.startswith(tuple(f".{name}." for name in (*texts, PLAN)))
 
 
 def toml_tables(value: Any) -> Any:

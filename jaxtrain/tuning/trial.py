@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 import warnings
 from collections.abc import Callable
@@ -220,4 +221,6 @@ def _score(result: TrainingResult, name: str, what: str, *, last: bool = False) 
     value: Any = best if best is not None else result.validation.get(name)
     if value is None:
         raise InvalidInput(f"{what}: no validation has a {name}: {json.dumps(result.validation)[:200]}")
+    if not math.isfinite(value):
+        raise InvalidInput(f"{what}: its validation {name} is {value}, which cannot be compared with other trials")
     return float(value)

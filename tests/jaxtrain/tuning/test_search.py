@@ -9,6 +9,7 @@ import signal
 import sys
 import threading
 import time
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -30,6 +31,7 @@ from jaxtrain.tuning.verdict import Contender, Verdict, settle, write_best
 from jaxtrain.tuning.worker import Budget, TrialNews, work
 from jaxtrain.tuning.workers import WORKER, run_workers
 from zarr_store.errors import InvalidInput, Preempted
+from zarr_store.folder import FolderStore
 from zarr_store.lock import CubeLock
 
 from ..cube_factory import CLASSES, make_cube, shared_cube, tiny_config
@@ -207,6 +209,53 @@ def test_what_cannot_be_a_search_is_refused_and_leaves_nothing(config, tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["full", "space.toml"]
 
 
+@pytest.mark.parametrize("stored", [False, True])
+@pytest.mark.parametrize("at", ["study", "attributes", "config.toml", "space.toml", "search.json"])
+def test_a_search_that_was_killed_while_it_began_is_begun_by_the_same_command(
+    config, tmp_path, monkeypatch, at, stored
+):
+    class Killed(BaseException):
+        pass
+
+    def begin(out="study"):
+        options = OPTIONS | ({"storage": f"sqlite:///{tmp_path}/study.db"} if stored else {})
+        return begin_search(config, write_space(tmp_path), tmp_path / out, **options)
+
+    def kill(*_: Any, **__: Any) -> None:
+        raise Killed
+
+    def kill_at_file(store: Any, key: str, data: bytes) -> None:
+        if key == at:  # its bytes are there, but not yet under its name
+            store.root.mkdir(exist_ok=True)
+            (store.root / f".{key}.abc.partial").write_bytes(data[:5])
+            raise Killed
+        real(store, key, data)
+
+    real = FolderStore.write
+    with monkeypatch.context() as patch:
+        if at == "study":
+            patch.setattr(optuna.Study, "set_metric_names", kill)
+        elif at == "attributes":
+            patch.setattr(optuna.Study, "set_user_attr", kill)
+        else:
+            patch.setattr(FolderStore, "write", kill_at_file)
+        with pytest.raises(Killed):
+            begin()
+    assert not (tmp_path / "study" / "search.json").exists()
+    folder = begin()
+    assert StudyFolder.open(folder.path).plan == folder.plan
+    assert folder.study().metric_names == ["accuracy"]
+
+
+@pytest.mark.parametrize("name", ["config.toml", "space.toml", ".notes.partial"])
+def test_files_of_a_person_are_no_beginning_of_a_search(config, tmp_path, name):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / name).write_text("# mine")
+    with pytest.raises(InvalidInput, match="holds no search; nothing was changed"):
+        begin_search(config, write_space(tmp_path), tmp_path / "mine")
+    assert [(path.name, path.read_text()) for path in (tmp_path / "mine").iterdir()] == [(name, "# mine")]
+
+
 def test_trials_that_fail_are_kept_and_five_alike_end_the_search(config, tmp_path):
     fails = {"data.patch": [36], "model.depth": [3], "optim.learning_rate": {"low": 1e-4, "high": 1e-3}}
     study = begin_search(config, write_space(tmp_path, fails), tmp_path / "study", **OPTIONS)
@@ -221,6 +270,25 @@ def test_one_failure_does_not_end_the_search(config, shared, tmp_path):
     study = begin_search(config, write_space(tmp_path, {"data.patch": [33, 32]}), tmp_path / "study", **OPTIONS)
     work(study, Budget(trials=4), shared=shared)
     assert {trial.state for trial in study.trials()} >= {TrialState.FAIL, TrialState.COMPLETE}
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_trial_whose_score_is_not_finite_fails_with_its_reason(config, shared, tmp_path, monkeypatch, value):
+    from jaxtrain.tuning import trial as module
+
+    def train_badly(config: Any, out: Any, **more: Any) -> TrainingResult:
+        done = train(config, out, **more)
+        return replace(done, best_score=value) if out.name == "0000" else done
+
+    monkeypatch.setattr(module, "train", train_badly)
+    study = begin_search(config, write_space(tmp_path), tmp_path / "study", sampler="random", pruner="none")
+    news: list[TrialNews] = []
+    work(study, Budget(trials=2), on_trial=news.append, shared=shared)
+    assert [trial.state for trial in study.trials()] == [TrialState.FAIL, TrialState.COMPLETE]
+    reason = f"its validation accuracy is {value}, which cannot be compared with other trials"
+    assert study.trials()[0].user_attrs["reason"] == reason
+    assert [(one.state, one.message) for one in news if one.number == 0][1:] == [("failed", reason)]
+    assert study.best().number == 1
 
 
 def test_an_interrupted_trial_goes_on_from_its_checkpoint(config, shared, tmp_path, monkeypatch):
