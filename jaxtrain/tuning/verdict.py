@@ -138,7 +138,15 @@ def settle(
 
 
 def read_verdict(folder: StudyFolder) -> Mapping[str, Any] | None:
-    """Return verdict.json; None if there is none."""
+    """Return verdict.json; None if there is none.
+
+    Its key `current` tells whether it judges the best trial, and its words name the trial if it is another one.
+    """
     path = folder.path / _FILE
-    found: Mapping[str, Any] | None = json.loads(path.read_text("utf-8")) if path.is_file() else None
-    return found
+    if not path.is_file():
+        return None
+    found: dict[str, Any] = json.loads(path.read_text("utf-8"))
+    best = folder.best()
+    current = best is not None and best.number == found["trial"]
+    words = found["verdict"] if current else f"of trial {found['trial']}, the best before: {found['verdict']}"
+    return {**found, "verdict": words, "current": current}

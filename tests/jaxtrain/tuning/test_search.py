@@ -18,6 +18,8 @@ import pytest
 import tomli_w
 from optuna.trial import TrialState
 
+from cli.session import Session
+from cli.tuning import show_search
 from jaxtrain.launching.places import ThisMachine
 from jaxtrain.loop import train
 from jaxtrain.runs.events import TrainingResult
@@ -145,6 +147,35 @@ def test_the_best_is_trained_by_one_command_and_compared_with_the_defaults(searc
     page = write_page(study).read_text()
     for text in ("data:image/png", "optim.learning_rate", verdict.words().split(":")[0], "trials an hour", "pruned"):
         assert text in page
+
+
+def test_a_verdict_of_another_trial_is_not_shown_as_that_of_the_best(config, shared, tmp_path, capsys):
+    study = begin_search(config, write_space(tmp_path), tmp_path / "study", sampler="random", pruner="none")
+    work(study, Budget(trials=1), shared=shared)
+    sides = [Contender("best", (0.8,), (0.7,), 0.8), Contender("defaults", (0.6,), (0.5,))]
+    made = Verdict("accuracy", lower=False, seeds=(0,), best=sides[0], defaults=sides[1])
+    study.write("verdict.json", json.dumps({**made.to_dict(), "trial": 0}).encode())
+
+    def shown():
+        show_search(Session(json=True), study)
+        out = capsys.readouterr()
+        return json.loads(out.out)["verdict"], out.err, write_page(study).read_text()
+
+    verdict, lines, page = shown()
+    assert verdict["current"]
+    assert verdict["verdict"] == made.words()
+    assert f"verdict       {made.words()}" in lines
+    assert "<h2>Best and defaults, trained anew</h2>" in page
+    better = study.study().ask()
+    study.study().tell(better, 2.0)  # a better one, which is not trained again
+    verdict, lines, page = shown()
+    words = f"of trial 0, the best before: {made.words()}"
+    assert not verdict["current"]
+    assert verdict["verdict"] == words
+    assert f"verdict       {words}" in lines
+    assert words in page
+    assert "<h2>Trial 0, the best before, and defaults, trained anew</h2>" in page
+    assert "<tr><td>trial 0</td>" in page
 
 
 def test_a_lucky_trial_is_seen():
