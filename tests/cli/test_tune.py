@@ -55,12 +55,13 @@ def test_a_search_is_begun_shown_and_extended(run: Callable[..., Outcome], files
 def test_an_interrupted_search_continues_to_the_same_end(
     run: Callable[..., Outcome], files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from jaxtrain.tuning import trial as trials
     from jaxtrain.tuning import worker
     from zarr_store.errors import Preempted
 
     begin = ("tune", files / "c.toml", "--space", files / "space.toml", "--out", tmp_path / "s", "--sampler", "random",
              "--pruner", "none", "--seeds", 0)  # fmt: skip
-    real = worker.run_trial
+    real = trials.run_trial
 
     def stopped(folder: Any, space: Any, trial: Any, *args: Any, **more: Any) -> Any:
         if trial.number == 1:

@@ -27,7 +27,7 @@ ROWS = [
     *(f"D{n:02}" for n in range(1, 17)),
     *(f"X{n:02}" for n in range(1, 9)),
     *(f"C{n:02}" for n in range(1, 16)),
-    *(f"Y{n:02}" for n in range(1, 116)),
+    *(f"Y{n:02}" for n in range(1, 124)),
     *(f"H{n:02}" for n in range(1, 35)),
     *(f"L{n:02}" for n in range(1, 11)),
 ]
