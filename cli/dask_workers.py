@@ -195,7 +195,7 @@ class DaskProcess:
         self._killed = self._lost = False
 
     def code(self) -> int | None:
-        """Return the exit code of the process; None while it runs, 1 if its worker died with it."""
+        """Return the exit code of the process; None while it runs, 1 where its worker died with it."""
         status = self._future.status
         if status == "pending" and not self._is_lost():
             return None

@@ -54,7 +54,7 @@ def _counted(scores: dict[str, Any]) -> str:
 
 
 def _whole(scores: dict[str, Any]) -> bool:
-    """Return whether a sample has one answer, for the whole image."""
+    """Return whether a sample has one answer for the whole image."""
     return bool(scores.get("unit", "windows") != "windows" and scores["pixels"] == scores["samples"])
 
 

@@ -115,7 +115,7 @@ def _pick_time(spec: CubeSpec, asked: str | None) -> int:
 
 
 def _scales(bands: Sequence[Any], array: ArraySpec) -> list[tuple[float, float]]:
-    """Return (scale, offset) per band; empty if the stored values are physical."""
+    """Return (scale, offset) of each band; an empty list where the stored values are physical."""
     if bands:
         pairs = [(band.scale, band.offset) for band in bands]
     else:

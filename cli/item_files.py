@@ -26,7 +26,7 @@ def check_suffix(path: Path) -> None:
 
 
 def portable(found: CatalogueItem) -> dict[str, Any]:
-    """Return an item that can be stored elsewhere: hrefs become absolute, and signatures are removed."""
+    """Return the item with absolute, unsigned hrefs: relative ones would no longer lead to the files."""
     item = dict(found.item)
     assets = item.get("assets") or {}
     item["assets"] = {key: {**asset, "href": _absolute(asset, found.base)} for key, asset in assets.items()}
@@ -35,7 +35,7 @@ def portable(found: CatalogueItem) -> dict[str, Any]:
 
 
 def _without_credentials(value: Any) -> Any:
-    """Remove the signature from every address in `value`, as alternate assets and extensions have addresses too."""
+    """Return `value` with every address in it unsigned: alternate assets and extensions have further addresses."""
     from ingest.trust.redact import redact_value
 
     if isinstance(value, str):

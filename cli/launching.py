@@ -218,7 +218,7 @@ def run_launch(session: Session, words: Sequence[str], options: LaunchOptions) -
 
 @contextmanager
 def _places(train: TrainWords, options: LaunchOptions) -> Iterator[tuple[Places, str]]:
-    """Open the places of a run; yield them and this machine's address towards them."""
+    """Open the places of a run; yield them, and the address under which they reach this machine."""
     from jaxtrain.launching.group import address_towards
 
     arguments = ["-P", "-m", "cli.main", *train.arguments]

@@ -182,7 +182,7 @@ def _pick_bands(spec: CubeSpec, asked: str | None) -> tuple[int, ...]:
 
 
 def _coarse(cube: Cube, collection: str, step: int) -> Any:
-    """Return every `step`-th pixel of the main array and of the status, the former from the overview if possible.
+    """Return every `step`-th pixel of the main array and the status; the main array from the overview if possible.
 
     An overview holds the main array alone. The status, which packs well, is read at the pixels that the overview kept.
     """
@@ -197,7 +197,7 @@ def _coarse(cube: Cube, collection: str, step: int) -> Any:
 
 
 def _stretch(values: npt.NDArray[np.float32], status: npt.NDArray[np.uint8], *, logarithmic: bool) -> RGB:
-    """Convert values (time, 3, y, x) to colours (time, y, x, 3), with one stretch for all dates to compare them.
+    """Turn values (time, 3, y, x) into colours (time, y, x, 3), stretched alike on all dates to be comparable.
 
     The limits are the 2nd and 98th percentile of clear pixels: clouds must not decide how dark the ground is.
     """
@@ -286,7 +286,7 @@ def _with_legend(image: Image.Image, entries: Sequence[tuple[tuple[int, int, int
 
 
 def _sheet(panels: Sequence[RGB], captions: Sequence[str], columns: int, scale: int) -> Image.Image:
-    """Draw panels in rows, each under its caption; small rasters are enlarged by a whole factor to stay square."""
+    """Lay out panels in rows, each under its caption; enlarge small rasters by a whole factor to keep pixels square."""
     height, width = panels[0].shape[0] * scale, panels[0].shape[1] * scale
     caption = _CAPTION if any(captions) else 0
     rows = -(-len(panels) // columns)

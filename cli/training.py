@@ -1,4 +1,4 @@
-"""Training as commands do it: settings, training and its report, for `train`, `demo`, `survey` and `tune`."""
+"""Shared part of the commands `train` and `demo`: read the configuration, train, and show the result."""
 
 from __future__ import annotations
 

@@ -315,7 +315,7 @@ class TrainingSession:
         }  # fmt: skip
 
     def _see(self, step: int, work: Work, seconds: float | None) -> dict[str, Any]:
-        """Record which replica did what in a step; return it for the history."""
+        """Record the work of all replicas in a step; return it for the history."""
         self.work = work
         self.writer.record(step, work)
         rates = sum(work.rates.values())

@@ -395,8 +395,8 @@ def _iso(text: str, where: str) -> str:
 
 
 def _numbers(name: str, array: xr.DataArray, options: Options, where: str) -> Band:
-    """Return what the numbers of one band mean: type, nodata, valid range, scale, offset and unit."""
-    stated: Mapping[str, Any] = array.attrs  # a decoded dataset has them no longer, nor what they state
+    """Return what the numbers of one band mean."""
+    stated: Mapping[str, Any] = array.attrs  # of a decoded dataset they are gone, and so is what they state
     dtype = array.dtype
     if dtype.kind not in "iufb":
         raise InvalidInput(f"{where}: {name} holds {dtype}, expected numbers; choose others with --bands")

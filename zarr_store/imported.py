@@ -389,7 +389,16 @@ def _refuse_other(cube: Cube, spec: CubeSpec, rows: list[dict[str, Any]]) -> Non
         )
 
 
-def _key(spec: CubeSpec, rows: list[dict[str, Any]], region: Region) -> str:
+def _asked(options: Options) -> dict[str, Any]:
+    """Return what was stated in place of what the file says, and decides which numbers are stored."""
+    names = ("variable", "band_dim", "x", "y", "nodata", "scale", "offset")
+    stated = {name: getattr(options, name) for name in names}
+    return {
+        name: value if isinstance(value, str) else repr(value) for name, value in stated.items() if value is not None
+    }
+
+
+def _key(spec: CubeSpec, rows: list[dict[str, Any]], region: Region, asked: Mapping[str, Any]) -> str:
     """Return the digest of all that determines a shard of a file whose digest the rows have."""
     rules = {key: value for key, value in spec.to_dict().items() if key != "times"}
     return _digest([rules, region.to_list(), rows, *([asked] if asked else [])])  # without any, as in earlier releases

@@ -1,1 +1,1 @@
-"""This folder puts rasters and polygons onto a cube as labels, and images with labels into sample stores."""
+"""Put rasters and polygons onto a cube as labels, and labelled images into sample stores."""

@@ -49,7 +49,7 @@ def clip_text(geometry: Mapping[str, Any] | None) -> str | None:
 
 
 def clip_on(clip: str | None, grid: Grid) -> str | None:
-    """Return an area as the text that a cube's tasks keep, short even for very many vertices; None for no area.
+    """Return the text in which the tasks of a cube keep an area: short also where it has very many vertices.
 
     Args:
         clip: The area, from `clip_text`.

@@ -138,7 +138,7 @@ def find_window(grid: Grid, config: IngestConfig) -> tuple[int, int, int, int] |
 
 
 def _window(grid: Grid, config: IngestConfig) -> tuple[tuple[int, int, int, int], float] | None:
-    """Return (window of the region in the raster, number of pixels of the whole region); None if they do not meet."""
+    """Return the window (row, col, height, width) of the region in the raster, and the pixels of the whole region."""
     region = region_lonlat(config)
     if region is None:
         return (0, 0, grid.height, grid.width), float(grid.height * grid.width)

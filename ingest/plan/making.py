@@ -211,7 +211,7 @@ def plan_scenes(
 
 
 def _clip(config: IngestConfig, grid: Grid, kept: str | None) -> str | None:
-    """Return the text of the area to which a plan is clipped; None for no clipping.
+    """Return the text of the area that a plan is clipped to.
 
     Raises:
         InvalidInput: `config` has only the reduced form of an area, and there is no cube that keeps the whole one.

@@ -237,7 +237,7 @@ def _offset_band(scene: Scene) -> str | None:
 
 
 def _coverage_band(scene: Scene) -> str | None:
-    """Choose the band whose pixels show how much of the region the scene covers; None if there is none."""
+    """Return the band whose pixels show how much of the region the scene covers."""
     product = next((rule for rule in PRODUCTS if rule.name == scene.product), None)
     return choose_coverage_band(scene.assets, product.mask_layer if product else None)
 

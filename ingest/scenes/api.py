@@ -190,7 +190,7 @@ def ask_api(documents: Documents, root: str, config: IngestConfig) -> Iterator[C
 
 
 def _filter(client: Client, conditions: Iterable[Condition]) -> cql2.Expr | None:
-    """Return the part of the conditions that the API supports, or None; the others are applied to its answers only."""
+    """Return the part of the conditions that the API states to understand; the rest is applied to its answers only."""
     stated = client.get_conforms_to()
     if not client.conforms_to(ConformanceClasses.FILTER) or not any("cql2" in uri for uri in stated):
         return None

@@ -163,7 +163,7 @@ def tile_of(properties: Mapping[str, Any], names: Iterable[str]) -> str | None:
 
 
 def platform_of(names: Iterable[str]) -> str | None:
-    """Return the platform with which a product name begins, for example "sentinel-2a"; None if none does."""
+    """Return the platform that a product name begins with, for example "sentinel-2a"."""
     unit = search_in(r"^S([12][A-D])_", names)
     return f"sentinel-{unit.lower()}" if unit else None
 
@@ -184,7 +184,7 @@ def datatake_of(properties: Mapping[str, Any], names: Iterable[str], product: Pr
 
 
 def datastrip_of(properties: Mapping[str, Any], names: Iterable[str], hrefs: Iterable[str] = ()) -> str | None:
-    """Return the sensing start of the datastrip (part of a datatake from one station), "20230810T100559", or None.
+    """Return the sensing start, "20230810T100559", of the datastrip: a part of a datatake from one station.
 
     A datatake may come down to two stations, and then each has its own part of a tile. The name of a granule ends in
     the same time. Hrefs of assets hold both names, as folders of the product.

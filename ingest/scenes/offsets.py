@@ -378,7 +378,7 @@ def settle_offset(scene: Scene, reading: OffsetReading | None, *, policy: str) -
 
 
 def _support(scene: Scene) -> int:
-    """Return the weight of a scene's metadata for its offset; scenes of older plans have no evidence."""
+    """Return the weight of the metadata of a scene for its offset; scenes of older plans have no witnesses."""
     if scene.offset_evidence.startswith(UNKNOWN_OFFSET):
         return 0
     if scene.witnesses:

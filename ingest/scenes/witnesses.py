@@ -22,7 +22,7 @@ class Witness:
 
     Attributes:
         name: Where it stands, such as "s2:processing_baseline" or "raster metadata of the item".
-        says: The statement, such as "05.09" or "true".
+        says: Its text, such as "05.09" or "true".
         dn_offset: What follows for a digital number (0 or -1000); None if nothing follows.
         weight: Weight of the statement; 0 for one that is recorded and not believed.
     """
@@ -57,7 +57,7 @@ def baseline_has_offset(baseline: str | None) -> bool | None:
 
 
 def support_of(witnesses: Iterable[Witness], dn_offset: int) -> int:
-    """Return the weight of the evidence for an offset, less the weight of the evidence against it.
+    """Return the weight of the witnesses for an offset, less the weight of those against it.
 
     >>> support_of([Witness("flag", "true", 0, 1), Witness("title", "05.09", -1000, 3)], -1000)
     2

@@ -305,7 +305,7 @@ def _inner_address(address: ipaddress.IPv6Address) -> ipaddress.IPv4Address | ip
 
 
 def _looks_numeric(host: str) -> bool:
-    """Return whether the C library would take a host for an address, as it does 2130706433, 0x7f.1 and 127.1."""
+    """Return whether the C library takes a host for an address that `ipaddress` refuses: 2130706433, 127.1 …."""
     return all(re.fullmatch(r"(0x[0-9a-f]*|\d+)", part) for part in host.split("."))
 
 

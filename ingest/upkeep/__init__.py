@@ -1,1 +1,1 @@
-"""This folder grows, refreshes, repairs and compares existing cubes."""
+"""Grow, refresh, repair and compare existing cubes."""

@@ -16,7 +16,7 @@ _MOST_RETRIES = 3
 
 
 class Complaints:
-    """Reports of members that their connections to others broke."""
+    """Reports of members about lost connections with other members."""
 
     def __init__(self) -> None:
         self._said: list[tuple[frozenset[int], float]] = []

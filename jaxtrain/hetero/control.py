@@ -92,12 +92,12 @@ class Control:
     # ── for the member ──
 
     def tell(self, message: Mapping[str, Any]) -> None:
-        """Send a message; a lost coordinator is noticed where its answer is awaited."""
+        """Send a message; a lost coordinator is noticed by whoever waits for an answer."""
         with self._lock, contextlib.suppress(OSError):
             self._socket.sendall(pack(message))
 
     def next(self, ready: Callable[[], bool] = lambda: False, *, wait: bool = True) -> dict[str, Any] | None:
-        """Return the next message; None once `ready` is true, or if there is none and `wait` is False.
+        """Return the next message; None once `ready` is true, or if there is none and the call must not wait.
 
         Raises:
             GroupError, RunFinished: The membership has ended; every later call raises the same.
@@ -131,7 +131,7 @@ class Control:
         return None
 
     def close(self, *, politely: bool) -> None:
-        """End the connection in such a way that the coordinator still reads the last message."""
+        """End the connection in order, so that the coordinator reads the last message."""
         self._closed.set()
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_WR if politely else socket.SHUT_RDWR)

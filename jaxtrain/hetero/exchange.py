@@ -78,7 +78,7 @@ class Exchange:
             raise InvalidInput(f"expected chunks {self.chunks}, each once, got {contribution.chunks}")
 
     def _hear(self, message: Mapping[str, Any]) -> None:
-        """Take over a new attempt of the current step, with other members."""
+        """Process the message that the current step is attempted again with other members."""
         if message["kind"] == "again" and message["step"] == self.step:
             self._roll.take(message)
             self._peers.reconnect()

@@ -289,7 +289,7 @@ class Group:
                 self._attempt_again()
 
     def forgive(self, seconds: float) -> None:
-        """Add to all times the seconds for which this process itself stood still and heard no member."""
+        """Move all times forward by the seconds for which this process stood still and could not hear anybody."""
         for seat in self._seats.values():
             seat.heard += seconds
         self._progress += seconds

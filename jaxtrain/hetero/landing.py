@@ -109,7 +109,7 @@ class Landing:
     def place(
         self, number: int, header: Mapping[str, Any], length: int, stands: Callable[[], bool]
     ) -> memoryview | None:
-        """Return where a block goes, once that is known; None if it is to be dropped.
+        """Return the memory for a block.
 
         Args:
             number: The member that sends it.

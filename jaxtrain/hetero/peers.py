@@ -74,7 +74,7 @@ class _Sender:
             self._wake.notify()
 
     def purge(self, token: Hashable) -> None:
-        """Drop unsent messages of other tokens."""
+        """Remove unsent messages that do not belong to this token."""
         with self._wake:
             self._queue = deque(message for message in self._queue if message.token == token)
 

@@ -67,7 +67,7 @@ def expect_group(environment: Mapping[str, str]) -> Group:
 
 @dataclass(frozen=True)
 class Work:
-    """What each replica did in one step.
+    """The work of all replicas in one step.
 
     Attributes:
         shares: Chunks of each replica, by name.
@@ -295,7 +295,7 @@ class Replica:
                 )
 
     def share_of(self, count: int) -> tuple[int, int]:
-        """Return (start, stop) of this replica's part of `count` pieces of work, by the last shares."""
+        """Return (first, stop) of the pieces of work, of `count`, for this replica, by the last shares."""
         members = self.member.members
         weights = np.array([self._shares.get(name, 0) for name in members], np.float64)
         if not weights.sum():
@@ -416,7 +416,7 @@ def _unpack(program: Program, data: memoryview) -> tuple[TrainState, dict[str, A
 
 
 def warm_up(programs: ChunkPrograms, config: TrainConfig, ready: TrainingSet) -> int | None:
-    """Run both programs once on a throw-away state; return the most chunks for which this host has memory, or None."""
+    """Run both programs once on a temporary state; return the most chunks for which this host has memory."""
     program = programs.program
     try:
         sample = ready.reader.read(ready.plan.parts["train"].rows[:1])

@@ -25,6 +25,6 @@ class Roll:
         self.epoch = 0
 
     def take(self, message: Mapping[str, Any]) -> None:
-        """Update the members from a message."""
+        """Update the roll from a message."""
         self.epoch, self.leader = int(message["epoch"]), str(message["leader"])
         self.order = tuple(Peer(int(number), str(name), str(address)) for number, name, address in message["members"])

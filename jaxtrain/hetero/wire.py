@@ -70,7 +70,7 @@ SHAPE_ERRORS = (KeyError, TypeError, ValueError, IndexError, AttributeError)
 
 
 class BadMessage(ConnectionError):
-    """A message that has another form than expected, or exceeds its bound."""
+    """Received bytes are not a message of this protocol, or exceed its bound."""
 
 
 class WrongSecret(ConnectionError):

@@ -309,7 +309,7 @@ def _tidy(making: Making) -> None:
 
 
 def open_making(folder: Path) -> tuple[Making, dict[str, Any]]:
-    """Open the folder of a map that another process holds, to help; return its plan, too.
+    """Open the folder of a map that another process holds, to help with it; return its plan, too.
 
     Raises:
         IntegrityError: There is no plan, or it cannot be read.

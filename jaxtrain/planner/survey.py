@@ -231,7 +231,7 @@ def survey_run(
 
 
 def _alone(network: Network, devices: int) -> list[Candidate]:
-    """Return one device with its share of the windows, the reference of efficiency; none where it cannot be."""
+    """Return one device with its share of the windows, the reference of efficiency; none where it is impossible."""
     size = network.config.run.batch_size
     run = network.config.run.model_copy(update={"batch_size": max(1, size // devices)})
     made = with_mesh(network.config.model_copy(update={"run": run}), {"data": 1})

@@ -74,7 +74,7 @@ class ChangeOptions:
 
     @property
     def model(self) -> HarmonicModel:
-        """The harmonic model that is fitted to each pixel."""
+        """Rules for the model of a pixel."""
         return HarmonicModel(self.harmonics, self.consecutive, self.probability, most=self.most)
 
 

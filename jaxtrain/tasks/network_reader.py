@@ -81,7 +81,7 @@ class NetworkReader:
 
     @property
     def features(self) -> tuple[Feature, ...]:
-        """The outputs of the network, without a date."""
+        """Features that the network computes, without a date."""
         return tuple(Feature(name, "1") for name in self.names)
 
     def read(

@@ -30,7 +30,7 @@ _FACTORS = (0.8, 1.2)
 
 @dataclass(frozen=True)
 class Turn:
-    """The place of one trial in a population.
+    """Generation, member and parent of one trial of a population.
 
     Attributes:
         generation: Number of its interval between two validations.
@@ -46,7 +46,7 @@ class Turn:
 
 
 def turn_of(number: int, trials: Sequence[FrozenTrial], members: int, seed: int, *, lower: bool) -> Turn:
-    """Return the generation, the member and the parent of a trial.
+    """Return generation, member and parent of a trial.
 
     Args:
         number: Number of the trial.
