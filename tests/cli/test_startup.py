@@ -19,13 +19,12 @@ _COUNT = (
 
 
 def imported(*words: str) -> list[str]:
-    """Names of the modules that are there when a command has ended well."""
+    """Names of the modules beside the standard library that are there when a command has ended well."""
     command = [sys.executable, "-c", _COUNT, *words]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     code, names = json.loads(done.stderr.splitlines()[-1])
     assert code == 0, done.stderr
-    found: list[str] = names
-    return found
+    return [name for name in names if name.partition(".")[0] not in sys.stdlib_module_names]
 
 
 def assert_light(names: Sequence[str], most: int, absent: set[str]) -> None:
@@ -35,17 +34,18 @@ def assert_light(names: Sequence[str], most: int, absent: set[str]) -> None:
 
 
 def test_the_list_of_commands() -> None:
-    assert_light(imported("--help"), 240, {"rich", "numpy", "pydantic", "zarr_store", "ingest", "jaxtrain"})
+    assert_light(imported("--help"), 75, {"rich", "numpy", "pydantic", "zarr_store", "ingest", "jaxtrain"})
 
 
 def test_info_and_status(cube: Path) -> None:
     heavy = {"xarray", "pandas", "dask", "distributed", "rasterio", "shapely", "scipy", "jax", "jaxtrain", "ingest"}
-    assert_light(imported("info", str(cube)), 780, heavy)
-    assert_light(imported("status", str(cube)), 780, heavy)
+    assert_light(imported("info", str(cube)), 490, heavy)
+    assert_light(imported("status", str(cube)), 490, heavy)
 
 
 def test_an_ingest_that_finds_nothing_to_do(tmp_path: Path) -> None:
     source = write_items(tmp_path, make_scene("S1", {"blue": write_tif(tmp_path / "blue.tif", land())}))
     assert run(plan_of(source), tmp_path / "cube.zarr").exit_code == 0
     names = imported("ingest", str(source), str(tmp_path / "cube.zarr"), "--bands", "blue", "--mask", "none")
-    assert_light(names, 1500, {"xarray", "pandas", "dask", "distributed", "bokeh", "jax"})
+    most = 1200 if sys.version_info < (3, 12) else 1260  # newer Pythons have newer libraries
+    assert_light(names, most, {"xarray", "pandas", "dask", "distributed", "bokeh", "jax"})

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 
 import pytest
 
@@ -64,9 +65,14 @@ def test_damaged_bytes_do_not_crash_a_decoder(name: str) -> None:
     assert done.stdout.split() == ["good", "done"]
 
 
+MENDED = tuple(map(int, version("imagecodecs").split(".")[:2])) >= (2026, 10)
+"""Whether LZW of this imagecodecs is mended; that of the last release for Python 3.11 is not."""
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only glibc fills memory")
+@pytest.mark.skipif(MENDED, reason="LZW of imagecodecs 2026.10 is mended")
 def test_the_search_finds_a_decoder_that_crashes() -> None:
-    """LZW, which is left to GDAL for this; where a later imagecodecs passes, it may come back."""
+    """LZW, which is left to GDAL for this; it may come back where no Python has an older imagecodecs."""
     done = run("lzw")
     assert done.stdout.split()[0] == "good"
     assert done.returncode != 0, "the LZW decoder of this imagecodecs has not crashed"
